@@ -1,0 +1,198 @@
+"""The model, the losses, the gradients and five updates equal the numbers recorded from the released code.
+
+Another recording, of another size, is chosen by the environment variable EAT_GOLDEN (a folder with a pretrain.npz).
+"""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from masking import count_visible, visible_ids
+from model import EAT, ModelConfig, make_targets, sincos_2d, ufo_loss
+from pretrain import PretrainConfig, masked_std, param_groups, train_step
+
+GOLDEN = Path(os.environ.get("EAT_GOLDEN", Path(__file__).parent / "golden"))
+PREFIX = "modality_encoders.IMAGE."
+
+
+def our_name(released: str) -> str:
+    """Name of a parameter of the released pre-training model in EAT."""
+    for theirs, ours in (
+        (PREFIX + "extra_tokens", "encoder.cls_token"),
+        (PREFIX + "local_encoder.proj.", "encoder.patch_embed."),
+        (PREFIX + "context_encoder.norm.", "encoder.norm_pre."),
+        (PREFIX + "decoder.proj.", "decoder.proj."),
+        ("blocks.", "encoder.blocks."),
+    ):
+        if released.startswith(theirs):
+            return ours + released.removeprefix(theirs)
+    layer, name = released.removeprefix(PREFIX + "decoder.blocks.").split(".0.")
+    return f"decoder.blocks.{layer}.{name}"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    with np.load(GOLDEN / "pretrain.npz", allow_pickle=False) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "config"}
+        arrays["config"] = json.loads(str(file["config"]))
+    for name in ("spec", "steps/spec"):
+        arrays[name] = arrays[name].float()
+    return arrays
+
+
+def under(golden: dict, prefix: str) -> dict:
+    """The arrays below `prefix`, by our names."""
+    return {our_name(k.removeprefix(prefix)): v for k, v in golden.items() if k.startswith(prefix)}
+
+
+@pytest.fixture
+def student(golden) -> EAT:
+    eat = EAT(model_config(golden["config"]))
+    eat.load_state_dict(under(golden, "student/"))
+    return eat
+
+
+@pytest.fixture
+def teacher(golden, student):
+    encoder = copy.deepcopy(student.encoder).requires_grad_(False)
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in under(golden, "teacher/").items()})
+    return encoder
+
+
+def model_config(c: dict) -> ModelConfig:
+    return ModelConfig(
+        patch_size=c["patch"], mel_bins=c["mel_bins"], width=c["width"], depth=c["depth"], heads=c["heads"],
+        mlp_ratio=c["mlp_ratio"], decoder_depth=c["decoder_depth"], decoder_kernel=c["decoder_kernel"],
+        decoder_groups=c["decoder_groups"],
+    )  # fmt: skip
+
+
+def utterance_weight(c: dict) -> float:
+    return c["utterance_weight_as_released"] * c["clips"] * c["clones"]
+
+
+def run(golden, student, teacher, noise):
+    c = golden["config"]
+    spec, mask = golden["spec"], golden["mask"]
+    ids_keep = visible_ids(mask, c["visible"])
+    with torch.no_grad():
+        targets = make_targets(teacher.ffn_outputs(spec))
+    return targets, student(spec, mask, ids_keep, targets, noise, utterance_weight(c))
+
+
+def assert_near(ours, theirs, relative):
+    """Equal up to `relative` of the largest entry."""
+    theirs = torch.as_tensor(theirs)
+    assert (torch.as_tensor(ours) - theirs).abs().max() <= relative * theirs.abs().max()
+
+
+def test_positions(golden):
+    theirs = golden["positions_first_rows"]
+    H, W = golden["config"]["grid"]
+    torch.testing.assert_close(sincos_2d(768, W, theirs.shape[1])[: H * W], theirs[: H * W], rtol=0, atol=1e-6)
+
+
+def test_visible_count(golden):
+    c = golden["config"]
+    assert count_visible(math.prod(c["grid"]), c["mask_ratio"]) == c["visible"]
+    assert ((~golden["mask"]).sum(1) == c["visible"]).all()
+
+
+def test_forward(golden, student, teacher):
+    spec, mask = golden["spec"], golden["mask"]
+    ids_keep = visible_ids(mask, golden["config"]["visible"])
+    with torch.no_grad():
+        assert_near(student.encoder(spec, ids_keep), golden["encoder_out"], 1e-5)
+        assert_near(student.encoder(spec), golden["features"], 1e-5)
+        assert_near(student.encoder(spec[:, :, : spec.shape[2] // 2]), golden["features_half_length"], 1e-5)
+        targets, out = run(golden, student, teacher, torch.zeros(*mask.shape, student.config.width))
+    assert_near(targets, golden["targets"], 1e-5)
+    assert_near(out["pred"], golden["decoder_out"], 1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "noise_"])
+def test_losses(golden, student, teacher, prefix):
+    noise = golden["noise_decoder_in"] if prefix else torch.zeros(*golden["mask"].shape, student.config.width)
+    _, out = run(golden, student, teacher, noise)
+    assert_near(out["pred"], golden[prefix + "decoder_out"], 1e-5)
+    for ours, theirs in (("loss", "loss"), ("loss_frame", "loss_frame"), ("loss_utterance", "loss_cls")):
+        assert out[ours].item() == pytest.approx(golden[prefix + theirs].item(), rel=1e-5), ours
+
+
+def test_gradients(golden, student, teacher):
+    _, out = run(golden, student, teacher, torch.zeros(*golden["mask"].shape, student.config.width))
+    out["loss"].backward()
+    theirs = under(golden, "grad/")
+    assert theirs.keys() == dict(student.named_parameters()).keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    for name, p in student.named_parameters():
+        assert (p.grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max() + 1e-7 * largest, name
+
+
+def test_spread(golden, student, teacher):
+    mask = golden["mask"]
+    targets, out = run(golden, student, teacher, torch.zeros(*mask.shape, student.config.width))
+    weight = mask.view(len(targets), -1, mask.shape[1]).sum(1).flatten()
+    assert masked_std(targets.flatten(0, 1), weight) == pytest.approx(golden["target_var"].item(), rel=1e-5)
+    assert masked_std(out["pred"].flatten(0, 1), mask.flatten()) == pytest.approx(golden["pred_var"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trajectory(golden, student, teacher, accumulate, monkeypatch):
+    """Five updates: losses, gradient norms, schedules, and the student and teacher after the last."""
+    c = golden["config"]
+    if c["clips"] % accumulate:
+        pytest.skip("the recorded batch does not divide")
+    network = student.config
+    monkeypatch.setitem(pretrain.MODELS, "golden", network)
+    config = PretrainConfig(
+        model="golden", clip_frames=c["frames"], mask_ratio=c["mask_ratio"], clones=c["clones"],
+        utterance_weight=utterance_weight(c), batch_size=c["clips"], accumulate=accumulate,
+        ema_decay=c["ema_start"], ema_decay_end=c["ema_end"], ema_anneal=c["ema_anneal_steps"],
+        lr=c["lr_peak"], warmup=c["warmup"], updates=c["updates"], beta1=c["betas"][0], beta2=c["betas"][1],
+        weight_decay=c["weight_decay"], clip_norm=c["clip_norm"],
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(param_groups(student, config), betas=c["betas"], eps=c["adam_eps"], fused=True)
+    scaler = pretrain.make_scaler(torch.float32, torch.device("cpu"))
+    for step, (specs, masks) in enumerate(zip(golden["steps/spec"], golden["steps/mask"])):
+        parts = [
+            (spec, mask, torch.zeros(*mask.shape, network.width))
+            for spec, mask in zip(specs.chunk(accumulate), masks.chunk(accumulate))
+        ]
+        if step:  # the released code applies the decay of update n when update n + 1 begins
+            assert pretrain.ema_decay(step, config) == pytest.approx(golden["steps/ema_decay"][step].item(), rel=1e-9)
+        out = train_step(student, teacher, optimizer, scaler, parts, step, config, torch.float32)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(golden["steps/lr"][step].item(), rel=1e-9)
+        for ours, theirs in (
+            ("loss", "loss"), ("loss_frame", "loss_frame"), ("loss_utterance", "loss_cls"), ("grad_norm", "grad_norm"),
+        ):  # fmt: skip
+            assert out[ours].item() == pytest.approx(golden["steps/" + theirs][step].item(), rel=1e-5), (step, ours)
+
+    theirs = under(golden, "steps/student/") | {f"teacher.{k}": v for k, v in under(golden, "steps/teacher/").items()}
+    ours = dict(student.named_parameters()) | {f"teacher.encoder.{k}": v for k, v in teacher.named_parameters()}
+    assert theirs.keys() == ours.keys()
+    for name, p in ours.items():
+        difference = (p - theirs[name]).abs().detach()
+        if name.endswith("qkv.bias"):  # the keys' third has no true gradient: softmax ignores a constant
+            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+        assert difference.max() <= 2e-4, name
+
+
+def test_ufo_loss_is_a_mean_over_rows_and_masked_patches():
+    """Against loops, so that the weight of a clone or a clip does not depend on how many there are."""
+    generator = torch.Generator().manual_seed(0)
+    B, C, N, D = 2, 3, 8, 5
+    pred, cls = torch.randn(B * C, N, D, generator=generator), torch.randn(B * C, D, generator=generator)
+    targets = torch.randn(B, N, D, generator=generator)
+    mask = torch.rand(B * C, N, generator=generator).argsort(1) < 6
+    frame = [(pred[r, n] - targets[r // C, n]).square().mean() for r in range(B * C) for n in range(N) if mask[r, n]]
+    utterance = [(cls[r] - targets[r // C].mean(0)).square().mean() for r in range(B * C)]
+    ours = ufo_loss(pred, cls, targets, mask)
+    torch.testing.assert_close(ours, (torch.stack(frame).mean(), torch.stack(utterance).mean()))
