@@ -1,0 +1,599 @@
+"""Audio files in, normalised log-mel spectrograms out.
+
+    python data.py scan  DIR -o train.tsv       list every audio file below DIR
+    python data.py stats train.tsv              mean and std for --norm_mean and --norm_std
+    python data.py pack  train.tsv shards/      decode once; training then reads shards/ instead of train.tsv
+
+**Manifest**: line 1 is the folder that paths are relative to (itself absolute or relative to the manifest); then a line
+for each clip,
+
+    path<TAB>n_samples[<TAB>label,label...]
+
+with n_samples counted at 16 kHz. The released code's `.tsv` (two fields) with an `.lbl` beside it is read too.
+
+**Packed**: `00000.pcm` holds 16 kHz mono little-endian int16, clip behind clip; `00000.tsv` lists its clips in that
+order, as a manifest whose line 1 is the CRC-32 of the `.pcm`; and so on for each shard. `index.json`, written last,
+lists the shards. A clip longer than 10.24 s is stored as several.
+
+The front end (`log_mel`, `spectrogram`) needs torch only and runs on any device, on whole batches. Citations such as
+data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000
+FRAME_LENGTH = 400  # 25 ms
+FRAME_SHIFT = 160  # 10 ms
+FFT_SIZE = 512
+MEL_BINS = 128
+MEL_LOW, MEL_HIGH = 20.0, SAMPLE_RATE / 2
+PREEMPHASIS = 0.97
+LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
+
+CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
+SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
+AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
+CLIPS_PER_SHARD = 2048  # about 640 MiB of 10 s clips
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message says what and how to mend it, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Front end: waveform -> normalised log-mel spectrogram
+
+
+def clip_samples(n_frames: int) -> int:
+    """Samples that fill n_frames frames: 1024 -> 164,080."""
+    return (n_frames - 1) * FRAME_SHIFT + FRAME_LENGTH
+
+
+@functools.lru_cache
+def _mel_filters(device: torch.device) -> Tensor:
+    """Triangles of equal width on the mel scale, (FFT_SIZE / 2, MEL_BINS); the Nyquist bin would weigh nothing.
+
+    In float32 on purpose: Kaldi's rounding of the slopes shows in the fourth digit of quiet bins.
+    """
+    low, high = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (MEL_LOW, MEL_HIGH))
+    edges = low + torch.arange(MEL_BINS + 2) * ((high - low) / (MEL_BINS + 1))               # (M+2,)
+    hz = torch.arange(FFT_SIZE // 2) * (SAMPLE_RATE / FFT_SIZE)                              # (256,)
+    bins = 1127.0 * (1.0 + hz / 700.0).log()[:, None]                                        # (256, 1)
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    rise, fall = (bins - left) / (center - left), (right - bins) / (right - center)          # (256, M)
+    return torch.minimum(rise, fall).clamp(min=0).to(device)
+
+
+def to_float(waveform: Tensor) -> Tensor:
+    """int16 samples, as packed, to float32 in [-1, 1); anything else as it is."""
+    return waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform
+
+
+def log_mel(waveform: Tensor) -> Tensor:
+    """Kaldi's log-mel filterbank, batched: (..., S) at 16 kHz, float in [-1, 1] or int16 -> (..., F, M).
+
+    F = 1 + (S - 400) // 160: only frames that lie inside the waveform.
+
+    Equals torchaudio.compliance.kaldi.fbank with the released settings (data/raw_audio_dataset.py:399-402): 25 ms Hann
+    windows every 10 ms, mean removed per frame, pre-emphasis 0.97, power spectrum, 128 mel bins from 20 Hz to 8 kHz.
+    """
+    waveform = to_float(waveform)
+    window = torch.hann_window(FRAME_LENGTH, periodic=False, device=waveform.device)
+    frames = waveform.unfold(-1, FRAME_LENGTH, FRAME_SHIFT)                                  # (..., F, 400)
+    frames = frames - frames.mean(-1, keepdim=True)
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+    frames = (frames - PREEMPHASIS * previous) * window
+    power = torch.fft.rfft(frames, n=FFT_SIZE).abs().square()                                # (..., F, 257)
+    mel = power[..., :-1] @ _mel_filters(waveform.device)                                    # (..., F, M)
+    return mel.clamp(min=LOG_FLOOR).log()
+
+
+def spectrogram(waveform: Tensor, n_samples: Tensor, mean: float, std: float) -> Tensor:
+    """Padded clips -> the model's input: (B, S) float or int16, of which n_samples (B,) are sound -> (B, 1, F, M).
+
+    The clip's mean is subtracted; frames past its end are 0 *before* normalisation, so that padding is louder than
+    digital silence, +0.467 against -1.278 with AudioSet's constants; normalised by 2 * std. All as in the released
+    code (data/raw_audio_dataset.py:95-111, 404-428).
+    """
+    waveform = to_float(waveform)
+    clip_mean = waveform.sum(1, keepdim=True) / n_samples[:, None]                           # (B, 1)
+    spec = log_mel(waveform - clip_mean)                                                     # (B, F, M)
+    n_frames = 1 + torch.div(n_samples - FRAME_LENGTH, FRAME_SHIFT, rounding_mode="floor")   # (B,)
+    is_sound = torch.arange(spec.shape[1], device=spec.device) < n_frames[:, None]           # (B, F)
+    return ((spec * is_sound[:, :, None] - mean) / (2 * std))[:, None]                       # (B, 1, F, M)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = None) -> Tensor:
+    """Read (part of) a file of any rate and channel count as mono 16 kHz: -> (S,) float32 in [-1, 1].
+
+    `start` and `n_samples` count samples at 16 kHz; only that part is decoded. Channels are averaged before resampling
+    (the released code resamples along the channel axis, raw_audio_dataset.py:388-396).
+    Raises InputError if the file is missing, unreadable, empty, not finite or silent.
+    """
+    import soundfile
+
+    if not os.path.isfile(path):
+        raise InputError("no such file")
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            rate = file.samplerate
+            if not (1_000 <= rate <= 768_000 and file.channels <= 64):
+                raise InputError(f"implausible format: {rate} Hz, {file.channels} channels")
+            first = start * rate // SAMPLE_RATE
+            if first >= file.frames:
+                raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
+            file.seek(first)
+            margin = 64 * max(1, rate // SAMPLE_RATE)  # past the end, for the resampling filter
+            count = -1 if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE) + margin
+            waveform = torch.from_numpy(file.read(count, dtype="float32", always_2d=True)).mean(1)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise InputError(f"unreadable: {str(error).splitlines()[0]}") from None
+    waveform = resample(waveform, rate)[:n_samples]
+    if len(waveform) < FRAME_LENGTH:
+        raise InputError(f"too short: {len(waveform)} samples at 16 kHz, a frame needs {FRAME_LENGTH}")
+    peak = waveform.abs().max().item()
+    if not math.isfinite(peak):
+        raise InputError("contains NaN or infinity")
+    if peak < SILENCE:
+        raise InputError("silent")
+    return waveform
+
+
+def resample(waveform: Tensor, rate: int) -> Tensor:
+    """Resample (..., S) from `rate` Hz to 16 kHz with torchaudio's default windowed sinc, as the released code does."""
+    if math.gcd(rate, SAMPLE_RATE) < 25:  # an odd rate would need a filter of gigabytes; off by 0.1 % at most
+        rate = 25 * max(1, round(rate / 25))
+    if rate == SAMPLE_RATE:
+        return waveform
+    import torchaudio
+
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+
+
+class Manifest:
+    """A list of clips, compact enough for millions: the file's bytes and two integers a line, in tensors that loader
+    workers share.
+
+    Raises InputError naming the line that cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the manifest {path}: {error.strerror}") from None
+        lines = text.split(b"\n")
+        self.root = os.path.join(path.parent, os.fsdecode(lines[0].strip()))
+        begins, counts, position = array("q"), array("q"), len(lines[0]) + 1
+        for number, line in enumerate(lines[1:], start=2):
+            if line.strip():
+                fields = line.split(b"\t") if b"\t" in line else line.rsplit(None, 1)
+                try:
+                    counts.append(int(fields[1]))
+                except (IndexError, ValueError, OverflowError):
+                    raise InputError(
+                        f"{path}, line {number}: expected path<TAB>n_samples[<TAB>labels], found {line[:80]!r}"
+                    ) from None
+                begins.append(position)
+            position += len(line) + 1
+        if not counts:
+            raise InputError(f"the manifest {path} lists no clips")
+        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.begins = torch.frombuffer(begins, dtype=torch.int64)
+        self.n_samples = torch.frombuffer(counts, dtype=torch.int64)
+        self.lbl = _read_lbl(path.with_suffix(".lbl"), len(self)) if path.with_suffix(".lbl").exists() else None
+
+    def __len__(self) -> int:
+        return len(self.n_samples)
+
+    def fields(self, i: int) -> list[str]:
+        """The columns of clip i's line: path, n_samples and, where there is one, the labels."""
+        begin = int(self.begins[i])
+        end = int(self.begins[i + 1]) if i + 1 < len(self) else len(self.text)
+        line = os.fsdecode(self.text[begin:end].numpy().tobytes()).split("\n", 1)[0].rstrip("\r")
+        return line.split("\t") if "\t" in line else line.rsplit(None, 1)
+
+    def path(self, i: int) -> str:
+        """Path of clip i, below the manifest's root."""
+        return os.path.join(self.root, self.fields(i)[0])
+
+    def labels(self, i: int) -> list[str]:
+        """Labels of clip i, empty if the manifest has none."""
+        text = self.lbl[i] if self.lbl is not None else (self.fields(i) + ["", ""])[2]
+        return [label for label in text.split(",") if label]
+
+
+def _read_lbl(path: Path, n_clips: int) -> list[str]:
+    """Labels in the released format: a line a clip, an id, white space, labels joined by commas."""
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    if len(lines) != n_clips or any(len(line) != 2 for line in lines):
+        raise InputError(f"{path} must have one line 'id label,label' for each of the {n_clips} clips of its .tsv")
+    return [labels for _, labels in lines]
+
+
+class Clip(NamedTuple):
+    """One item of an AudioDataset."""
+
+    waveform: Tensor  # (S,) float32 or int16, not padded
+    index: int  # which item was asked for
+    problem: str  # why another clip stands in for it; empty if none does
+
+
+class AudioDataset(Dataset):
+    """The clips of a manifest or a packed folder, each cut into pieces of at most `n_frames` frames.
+
+    A clip twice as long as n_frames or longer gives several items, so that hour-long recordings are used in full; the
+    remainder is left out, as the released code leaves out all but the first n_frames. With `segments=False` only that
+    first piece is used. An item that cannot be read is replaced by the next that can, always the same one.
+
+    Raises InputError if nothing usable is listed.
+    """
+
+    def __init__(
+        self, source: str, n_frames: int = CLIP_FRAMES, min_samples: int = FRAME_LENGTH, segments: bool = True
+    ):
+        self.is_packed = os.path.isdir(source)
+        self.shards = _open_packed(source) if self.is_packed else [Manifest(source)]
+        self.n_frames, self.hop = n_frames, n_frames * FRAME_SHIFT
+        n_samples = torch.cat([shard.n_samples for shard in self.shards])
+        long_enough = n_samples >= max(min_samples, FRAME_LENGTH)
+        self.clips = long_enough.nonzero().flatten()               # (K,) lines that are used, counted over all shards
+        self.too_short = (~long_enough).nonzero().flatten()
+        if not len(self.clips):
+            raise InputError(f"{source}: no clip has the {min_samples} samples that --min_samples asks for")
+        pieces = (n_samples[self.clips] // self.hop).clamp(min=1) if segments else torch.ones_like(self.clips)
+        self.last_item = pieces.cumsum(0)                          # (K,) one past the last item of each clip
+        self.first_line = torch.tensor([0] + [len(shard) for shard in self.shards]).cumsum(0)
+        if self.is_packed:
+            self.offsets = [shard.n_samples.cumsum(0) - shard.n_samples for shard in self.shards]
+
+    def __len__(self) -> int:
+        return int(self.last_item[-1])
+
+    def locate(self, item: int) -> tuple[int, int, int]:
+        """Where an item lies: number of the manifest (one a shard), line in it, piece of that clip."""
+        clip = int(torch.searchsorted(self.last_item, item, right=True))
+        piece = item - (int(self.last_item[clip - 1]) if clip else 0)
+        return *self._line(int(self.clips[clip])), piece
+
+    def _line(self, line: int) -> tuple[int, int]:
+        shard = int(torch.searchsorted(self.first_line, line, right=True)) - 1
+        return shard, line - int(self.first_line[shard])
+
+    def path(self, item: int) -> str:
+        """Path of the file that an item comes from."""
+        shard, line, _ = self.locate(item)
+        return self.shards[shard].path(line)
+
+    def labels(self, item: int) -> list[str]:
+        """Labels of the clip that an item comes from."""
+        shard, line, _ = self.locate(item)
+        return self.shards[shard].labels(line)
+
+    def short_paths(self) -> Iterator[str]:
+        """Paths of the clips that are left out because they are shorter than min_samples."""
+        for line in self.too_short.tolist():
+            shard, line = self._line(line)
+            yield self.shards[shard].path(line)
+
+    def read(self, item: int) -> Tensor:
+        """The waveform of an item, (S,) with S <= clip_samples(n_frames). Raises InputError as load_audio does."""
+        shard, line, piece = self.locate(item)
+        manifest, start, n_samples = self.shards[shard], piece * self.hop, clip_samples(self.n_frames)
+        if not self.is_packed:
+            return load_audio(manifest.path(line), start, n_samples)
+        n_samples = min(n_samples, int(manifest.n_samples[line]) - start)
+        offset = 2 * (int(self.offsets[shard][line]) + start)
+        pcm = np.memmap(manifest.pcm, "<i2", mode="r", offset=offset, shape=n_samples)
+        return torch.from_numpy(np.array(pcm, dtype=np.int16))
+
+    def __getitem__(self, item: int) -> Clip:
+        problem = ""
+        for stand_in in range(item, item + 100):
+            try:
+                return Clip(self.read(stand_in % len(self)), item, problem)
+            except InputError as error:
+                problem = problem or str(error)
+        raise InputError(f"{self.path(item)}: {problem}, and so on for the 99 clips after it: is the data still there?")
+
+
+def _open_packed(folder: str) -> list[Manifest]:
+    """The shards of a packed folder as manifests with an attribute `pcm`, the path of the samples."""
+    try:
+        names = json.loads(Path(folder, "index.json").read_text())["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{folder} is not a packed folder (no valid index.json): run python data.py pack to the end"
+        ) from None
+    shards = []
+    for name in names:
+        shard = Manifest(Path(folder, f"{name}.tsv"))
+        shard.pcm, shard.root = Path(folder, f"{name}.pcm"), ""
+        if not shard.pcm.exists() or shard.pcm.stat().st_size != 2 * int(shard.n_samples.sum()):
+            raise InputError(f"{shard.pcm} is missing or has the wrong size: remove {name}.tsv and run pack again")
+        shards.append(shard)
+    return shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def seed_of(purpose: str, *key: int) -> int:
+    """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip).
+
+    All randomness is drawn from these, never from the state of a process: it does not matter how many there are.
+    """
+    return int(np.random.SeedSequence([*purpose.encode(), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class ClipSampler:
+    """Endless batches of items: a new permutation every epoch, one epoch after the other without a gap.
+
+    Update s uses the clips s * batch_size ... (s + 1) * batch_size - 1 of that stream, for any number of processes;
+    each process takes its share of them, in `accumulate` parts. Iterates over lists of items from update `start` on.
+    """
+
+    def __init__(
+        self, n_items: int, batch_size: int, seed: int, start: int = 0,
+        rank: int = 0, world: int = 1, accumulate: int = 1,
+    ):  # fmt: skip
+        self.n_items, self.batch_size, self.seed, self.start = n_items, batch_size, seed, start
+        self.rank, self.accumulate, self.part = rank, accumulate, batch_size // (world * accumulate)
+
+    def rows(self, micro: int) -> slice:
+        """Which clips of an update form this process's micro-batch number `micro`."""
+        first = (self.rank * self.accumulate + micro) * self.part
+        return slice(first, first + self.part)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position, epoch, order = self.start * self.batch_size, -1, None
+        while True:
+            batch = []
+            while len(batch) < self.batch_size:
+                if position // self.n_items != epoch:
+                    epoch = position // self.n_items
+                    generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+                    order = torch.randperm(self.n_items, generator=generator)
+                first = position % self.n_items
+                some = order[first : first + self.batch_size - len(batch)].tolist()
+                batch += some
+                position += len(some)
+            yield from (batch[self.rows(micro)] for micro in range(self.accumulate))
+
+
+class Batch(NamedTuple):
+    """Clips padded to the same length."""
+
+    waveform: Tensor  # (B, S) float32 or int16
+    n_samples: Tensor  # (B,) how much of each row is sound
+    problems: list[tuple[int, str]]  # (item, what was wrong) where another clip stands in
+
+
+def collate(clips: list[Clip], n_frames: int) -> Batch:
+    """Pad clips with zeros to the samples of n_frames frames."""
+    dtype = torch.float32 if any(clip.waveform.is_floating_point() for clip in clips) else torch.int16
+    waveform = torch.zeros(len(clips), clip_samples(n_frames), dtype=dtype)
+    for row, clip in zip(waveform, clips):
+        row[: len(clip.waveform)] = clip.waveform
+    n_samples = torch.tensor([len(clip.waveform) for clip in clips])
+    return Batch(waveform, n_samples, [(clip.index, clip.problem) for clip in clips if clip.problem])
+
+
+def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader that reads the given batches (lists of items) of a dataset in order, `workers` processes ahead."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=functools.partial(collate, n_frames=dataset.n_frames),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: scan, stats, pack
+
+
+class _Reader(Dataset):
+    """The items of an AudioDataset without stand-ins: (item, waveform or None, problem)."""
+
+    def __init__(self, dataset: AudioDataset, items: Iterable[int]):
+        self.dataset, self.items = dataset, list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None, str]:
+        try:
+            return self.items[i], self.dataset.read(self.items[i]), ""
+        except InputError as error:
+            return self.items[i], None, str(error)
+
+
+def read_all(dataset: AudioDataset, items: Iterable[int], workers: int) -> DataLoader:
+    """Iterates over (item, waveform or None, problem) in order, `workers` processes ahead."""
+    return DataLoader(_Reader(dataset, items), batch_size=None, num_workers=workers)
+
+
+def _write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+    """Write a text file so that it is there in full or not at all."""
+    with open(f"{path}.tmp", "w", errors="surrogateescape") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def scan(folder: str, output: str) -> None:
+    """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad."""
+    import soundfile
+
+    def probe(path: Path) -> tuple[str, int, str]:
+        name = os.fspath(path.relative_to(folder))
+        if "\t" in name or "\n" in name:
+            return name, 0, "its name holds a tab or a line break"
+        try:
+            info = soundfile.info(os.fspath(path))
+            n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
+            return name, n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
+        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            return name, 0, str(error).splitlines()[0]
+
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder")
+    if os.path.exists(output):
+        raise InputError(f"{output} exists: remove it or choose another name")
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
+    with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
+        found = list(tqdm(pool.map(probe, paths), total=len(paths), desc="scan", unit="file"))
+    good, bad = [row for row in found if not row[2]], [row for row in found if row[2]]
+    if bad:
+        _write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, _, problem in bad))
+    if not good:
+        raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
+    _write_lines(output, [os.path.abspath(folder), *(f"{name}\t{n_samples}" for name, n_samples, _ in good)])
+    hours = sum(n_samples for _, n_samples, _ in good) / SAMPLE_RATE / 3600
+    left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
+    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}")
+
+
+def stats(source: str, max_clips: int, workers: int) -> tuple[float, float]:
+    """Mean and std of the log-mel values, padding excluded, of up to max_clips clips spread evenly over a manifest."""
+    dataset = AudioDataset(source)
+    items = torch.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).long().tolist()
+    total, total_square, count, n_bad = 0.0, 0.0, 0, 0
+    for _, waveform, problem in tqdm(read_all(dataset, items, workers), desc="stats", unit="clip"):
+        if problem:
+            n_bad += 1
+            continue
+        spec = log_mel(waveform).double()
+        total, total_square, count = total + spec.sum(), total_square + spec.square().sum(), count + spec.numel()
+    if not count:
+        raise InputError(f"none of the {n_bad} clips of {source} can be read")
+    mean = total / count
+    std = (total_square / count - mean**2).sqrt()
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {len(items) - n_bad} clips, {n_bad} that cannot be read")
+    return float(mean), float(std)
+
+
+def pack(source: str, folder: str, workers: int) -> None:
+    """Decode a manifest's clips into a packed folder (layout at the top of this file).
+
+    Started again, it goes on at the shard it was writing; at the end every shard is read back and compared with its
+    checksum. Clips that cannot be used are left out and listed in `bad_files.tsv`.
+    Raises InputError if the folder was packed from another manifest, or if a shard fails its check.
+    """
+    dataset, target = AudioDataset(source), Path(folder)
+    digest = hashlib.sha256(b"".join(shard.text.numpy().tobytes() for shard in dataset.shards)).hexdigest()
+    plan = dict(sample_rate=SAMPLE_RATE, clips_per_shard=CLIPS_PER_SHARD, items=len(dataset), manifest=digest)
+    target.mkdir(parents=True, exist_ok=True)
+    plan_path, index_path = target / "plan.json", target / "index.json"
+    if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
+        raise InputError(f"{folder} was packed from another manifest or by another version: choose an empty folder")
+    _write_lines(plan_path, [json.dumps(plan)])
+
+    names = [f"{k:05d}" for k in range(math.ceil(len(dataset) / CLIPS_PER_SHARD))]
+    progress = tqdm(total=len(dataset), desc="pack", unit="clip")
+    for k, name in enumerate(names):
+        items = range(k * CLIPS_PER_SHARD, min((k + 1) * CLIPS_PER_SHARD, len(dataset)))
+        if not (target / f"{name}.tsv").exists():
+            _pack_shard(dataset, items, target / name, workers, progress)
+        else:
+            progress.update(len(items))
+    progress.close()
+
+    for name in tqdm(names, desc="check", unit="shard"):
+        with open(target / f"{name}.tsv") as file:
+            expected = file.readline().strip()
+        if not (target / f"{name}.pcm").exists() or _crc(target / f"{name}.pcm") != expected:
+            raise InputError(f"{target / name}.pcm does not match its checksum: remove {name}.tsv and run pack again")
+    names = [name for name in names if (target / f"{name}.pcm").stat().st_size]  # a shard of bad files is empty
+    bad = [line for path in sorted(target.glob("*.bad")) for line in path.read_text().splitlines()]
+    if bad:
+        _write_lines(target / "bad_files.tsv", bad)
+    _write_lines(index_path, [json.dumps(dict(plan, shards=names))])
+    left_out = f"; {len(bad)} left out, listed in {target / 'bad_files.tsv'}" if bad else ""
+    print(f"{folder}: {len(dataset) - len(bad)} clips in {len(names)} shards{left_out}")
+
+
+def _pack_shard(dataset: AudioDataset, items: range, stem: Path, workers: int, progress: tqdm) -> None:
+    lines, bad = [], []
+    with open(f"{stem}.pcm", "wb") as file:
+        for item, waveform, problem in read_all(dataset, items, workers):
+            progress.update()
+            if problem:
+                bad.append(f"{dataset.path(item)}\t{problem}")
+                continue
+            if waveform.is_floating_point():
+                waveform = (waveform * 32768).round().clamp(-32768, 32767).to(torch.int16)
+            file.write(waveform.numpy().astype("<i2").tobytes())
+            shard, line, _ = dataset.locate(item)
+            name, labels = dataset.shards[shard].fields(line)[0], ",".join(dataset.labels(item))
+            lines.append("\t".join([name, str(len(waveform)), labels][: 3 if labels else 2]))
+        file.flush()
+        os.fsync(file.fileno())
+    if bad:
+        _write_lines(f"{stem}.bad", bad)
+    _write_lines(f"{stem}.tsv", [_crc(Path(f"{stem}.pcm")), *lines])  # its presence says that the shard is complete
+
+
+def _crc(path: Path) -> str:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return f"crc32:{crc:08x}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("scan", help="write a manifest of every audio file below a folder")
+    command.add_argument("folder")
+    command.add_argument("-o", "--output", required=True)
+    command = commands.add_parser("stats", help="print the mean and std to normalise with")
+    command.add_argument("source", help="manifest or packed folder")
+    command.add_argument("--max_clips", type=int, default=10_000)
+    command.add_argument("--workers", type=int, default=os.cpu_count())
+    command = commands.add_parser("pack", help="decode a manifest's clips once into large files")
+    command.add_argument("source", help="manifest")
+    command.add_argument("folder")
+    command.add_argument("--workers", type=int, default=os.cpu_count())
+    args = vars(parser.parse_args())
+    try:
+        dict(scan=scan, stats=stats, pack=pack)[args.pop("command")](**args)
+    except (InputError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
