@@ -1,0 +1,630 @@
+"""Pre-train EAT (paper, Sec. 3): a teacher sees a clip; a student sees 16 masked copies of it and predicts the teacher.
+
+    python pretrain.py --preset demo                                    laptop, embedded audio, about 3 minutes
+    python pretrain.py --data train.tsv --accumulate 4                  one GPU, the paper's 48 clips in 4 parts
+    torchrun --nproc_per_node=4 pretrain.py --data train.tsv            the paper's setup
+
+`--data` is a manifest or a packed folder (see data.py). The run folder `--out_dir` gets config.json, log.jsonl (a line
+every `--log_every` updates), bad_files.tsv and last.pt; the same command started again goes on from last.pt.
+`step` counts completed updates everywhere. Everything random in update `step` is drawn from (seed, step, clip), so that
+the run is the same for any number of processes, micro-batches and workers.
+Citations such as EAT_pretraining.py:364 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import AudioDataset, Batch, ClipSampler, InputError, build_loader, collate, seed_of, spectrogram
+from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
+from model import EAT, MODELS, Encoder, ModelConfig, make_targets
+
+DEMO = Path(__file__).resolve().parent / "assets" / "demo"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The rows of the paper's Table 4, with the released code's values where the paper has none or others."""
+
+    data: str = ""  # manifest (.tsv) or packed folder to train on
+    out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
+    model: str = "base"  # row of model.MODELS
+    clip_frames: int = 1024  # frames of 10 ms per clip; shorter clips are padded
+    norm_mean: float = -4.268  # of the log-mel values (AudioSet); python data.py stats prints yours
+    norm_std: float = 4.569  # likewise; values are divided by twice this
+    min_samples: int = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
+
+    mask: str = "block"  # block, flexible (block shape drawn per clip) or random
+    mask_ratio: float = 0.8  # fraction of patches hidden from the student
+    mask_block_time: int = 5  # size of a visible block in patches of 160 ms
+    mask_block_freq: int = 5  # and in patches of 16 mel bins
+    mask_adjust: float = 0.07  # extra area drawn to make up for overlapping blocks (released code)
+    clones: int = 16  # masked copies of each clip
+    mask_noise: float = 0.01  # std of the noise that fills masked places for the decoder (released code)
+
+    utterance_weight: float = 192.0  # of the CLS loss; 192 is the released lambda = 1, 1.92 its 0.01 (see README)
+    target_layers: int = 0  # average the teacher's last blocks, 0 = all
+    ema_decay: float = 0.9998  # of the teacher at the start (released code), rising linearly
+    ema_decay_end: float = 0.99999  # to this
+    ema_anneal: int = 100_000  # after this many updates
+
+    batch_size: int = 48  # clips per update, over all processes
+    accumulate: int = 1  # parts that a process divides its clips into, to save memory
+    updates: int = 400_000  # 10 epochs of AudioSet
+    lr: float = 5e-4  # peak learning rate
+    min_lr: float = 0.0  # learning rate at both ends (the paper's table says 1e-6)
+    warmup: int = 53_333  # updates of linear warm-up, then cosine decay
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.05  # AdamW
+    decay_all: bool = True  # decay biases and norms too, as the released code does; off: matrices and kernels only
+    clip_norm: float = 4.0  # largest gradient norm (released code)
+
+    amp: str = "auto"  # bf16, fp16 or fp32; auto: bf16 or else fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile the networks
+    workers: int = 4  # loader processes per training process
+    log_every: int = 100  # updates between log lines
+    save_every: int = 1000  # updates between checkpoints
+    seed: int = 1  # of everything random
+
+    probe_train: str = ""  # labelled manifest: fit a linear probe on the frozen encoder, before and after training
+    probe_test: str = ""  # labelled manifest to score the probe on
+    probe_every: int = 0  # also probe every so many updates, 0 = not
+
+    @property
+    def network(self) -> ModelConfig:
+        return MODELS[self.model]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.network.grid(self.clip_frames)
+
+    @property
+    def n_visible(self) -> int:
+        return count_visible(self.grid[0] * self.grid[1], self.mask_ratio)
+
+
+PRESETS = {
+    "base": {},
+    "large": dict(
+        model="large", mask_ratio=0.75, mask_adjust=0.1, lr=4e-4, ema_anneal=150_000,
+    ),
+    "demo": dict(
+        data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=256, min_samples=1600,
+        mask_block_time=3, mask_block_freq=3, clones=4, utterance_weight=1.0,
+        ema_decay=0.99, ema_decay_end=0.999, ema_anneal=300, batch_size=32, updates=300, lr=1e-3, warmup=60,
+        workers=1, log_every=20, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+    ),
+}  # fmt: skip
+
+# What may change when a run is continued; everything else would make it another experiment.
+MAY_CHANGE = "data out_dir accumulate compile workers log_every save_every probe_train probe_test probe_every".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run plumbing, explained here once; finetune.py imports it
+
+
+def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
+    """Command line -> config: one flag per field, its comment as help; a preset changes defaults, a flag beats it."""
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--preset NAME] [--flag value ...]    (--help lists the flags)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
+    for field in dataclasses.fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        help = comments[field.name].replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=help, **kind)
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    values = vars(parser.parse_args(argv))
+    del values["preset"]
+    return cls(**values)
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started, if it did: (rank, world size, this process's device)."""
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        sys.exit(f"{torch.cuda.device_count()} GPUs here: start at most that many processes (--nproc_per_node)")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
+    """Learning rate of the update that follows `step` completed ones: linear from min_lr to peak, then cosine back.
+
+    As the released recipe (fairseq's cosine_lr_scheduler.py:71-146): the first update has min_lr, for pre-training 0.
+    """
+    if step < warmup:
+        return min_lr + (peak - min_lr) * step / warmup
+    return min_lr + (peak - min_lr) / 2 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write tensors and plain values to `path`, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what save_checkpoint wrote, on the CPU. Raises InputError if the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+
+
+def log(out_dir: Path, record: dict) -> None:
+    """Add a JSON line to the run's log.jsonl and print it in short."""
+    with open(out_dir / "log.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher
+
+
+def ema_decay(step: int, config: PretrainConfig) -> float:
+    """Decay of the teacher after `step` updates: linear, then constant (paper Sec. 3.2; EAT_pretraining.py:364-378)."""
+    fraction = min(step / config.ema_anneal, 1.0)
+    return config.ema_decay_end - (config.ema_decay_end - config.ema_decay) * (1 - fraction)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, in fp32. Paper Sec. 3.2."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+
+
+def draw_masks(config: PretrainConfig, step: int, device: torch.device) -> Tensor:
+    """The masks of an update, (batch_size * C, N) bool: every process draws the same ones and takes its rows."""
+    generator = torch.Generator(device).manual_seed(seed_of("masks", config.seed, step))
+    common = dict(grid=config.grid, mask_ratio=config.mask_ratio, generator=generator, device=device)
+    n, block = config.batch_size * config.clones, (config.mask_block_time, config.mask_block_freq)
+    if config.mask == "random":
+        return random_mask(n, **common)
+    if config.mask == "flexible":
+        return flexible_block_mask(config.batch_size, config.clones, adjust=config.mask_adjust, **common)
+    return inverse_block_mask(n, block=block, adjust=config.mask_adjust, **common)
+
+
+def draw_noise(config: PretrainConfig, step: int, clips: range, device: torch.device) -> Tensor:
+    """What the decoder sees at masked places, for some clips of an update: (len(clips) * C, N, D)."""
+    (H, W), generator = config.grid, torch.Generator(device)
+    noise = torch.empty(len(clips), config.clones, H * W, config.network.width, device=device)
+    for row, clip in zip(noise, clips):
+        row.normal_(std=config.mask_noise, generator=generator.manual_seed(seed_of("noise", config.seed, step, clip)))
+    return noise.flatten(0, 1)
+
+
+def micro_batches(
+    batches: Iterator[Batch], sampler: ClipSampler, config: PretrainConfig, step: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This process's parts of an update: (spec (B, 1, F, M), mask (B*C, N), noise (B*C, N, D))."""
+    masks = draw_masks(config, step, device).view(config.batch_size, config.clones, -1)     # (batch_size, C, N)
+    for micro in range(config.accumulate):
+        waveform, n_samples, _ = next(batches)
+        waveform, n_samples = (x.to(device, non_blocking=True) for x in (waveform, n_samples))
+        spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)          # (B, 1, F, M)
+        rows = sampler.rows(micro)
+        noise = draw_noise(config, step, range(rows.start, rows.stop), device)              # (B*C, N, D)
+        yield spec, masks[rows].flatten(0, 1), noise
+
+
+def train_step(
+    model: nn.Module, teacher: Encoder, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]], step: int, config: PretrainConfig, amp_dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of student and teacher; `model` is the student EAT or the DistributedDataParallel around it.
+
+    Returns loss, loss_frame, loss_utterance (means over the parts), grad_norm (before clipping), and of the last part
+    pred, targets and mask. Nothing here waits for the GPU.
+    """
+    student = model.module if isinstance(model, DistributedDataParallel) else model
+    for group in optimizer.param_groups:
+        group["lr"] = cosine_lr(step, config.lr, config.warmup, config.updates, config.min_lr)
+
+    losses = torch.zeros(3, device=next(student.parameters()).device)
+    for i, (spec, mask, noise) in enumerate(parts, start=1):
+        is_last = i == config.accumulate
+        sync = contextlib.nullcontext() if is_last or model is student else model.no_sync()  # average gradients once
+        with sync:
+            with torch.autocast(spec.device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                with torch.no_grad():
+                    targets = make_targets(teacher.ffn_outputs(spec)[-config.target_layers :])  # (B, N, D)
+                ids_keep = visible_ids(mask, config.n_visible)                                  # (B*C, V)
+                out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
+            scaler.scale(out["loss"] / config.accumulate).backward()
+        losses += torch.stack([out["loss"].detach(), out["loss_frame"], out["loss_utterance"]]) / config.accumulate
+
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
+    scaler.step(optimizer)  # leaves the weights alone where a gradient is not finite
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    ema_update(teacher, student.encoder, ema_decay(step + 1, config))
+    loss, loss_frame, loss_utterance = losses
+    return dict(
+        loss=loss, loss_frame=loss_frame, loss_utterance=loss_utterance, grad_norm=grad_norm,
+        pred=out["pred"], targets=targets, mask=mask,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def masked_std(x: Tensor, weight: Tensor) -> float:
+    """Spread of features over the masked patches of all processes, the sign of a collapse when it nears 0.
+
+    x (R, D), weight (R,) how often each row counts: mean over channels of the square root of the unbiased variance
+    + 1e-6 (EAT_pretraining.py:830-845, where it is called target_var and pred_var).
+    """
+    x, weight = x.double(), weight.double()
+    sums = torch.cat([weight.sum()[None], weight @ x, weight @ x.square()])                 # (1 + 2D,)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    count, total, square = sums[0], *sums[1:].chunk(2)
+    return ((square - total**2 / count) / (count - 1) + 1e-6).sqrt().mean().item()
+
+
+def param_groups(model: nn.Module, config: PretrainConfig) -> list[dict]:
+    """Parameters with and without weight decay.
+
+    The released code means to spare 1-D ones, but its override is never applied (fairseq/optim/composite.py:139-142).
+    """
+    decayed = [p for p in model.parameters() if config.decay_all or p.ndim >= 2]
+    spared = [p for p in model.parameters() if not (config.decay_all or p.ndim >= 2)]
+    groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=spared, weight_decay=0.0)]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear probe: what the frozen encoder knows about labels it was never shown
+
+
+def open_labelled(manifest: str, config: PretrainConfig) -> tuple[AudioDataset, list[str]]:
+    """A labelled manifest and the first label of each clip. Raises InputError if one has none."""
+    dataset = AudioDataset(manifest, config.clip_frames, segments=False)
+    labels = [next(iter(dataset.labels(i)), "") for i in range(len(dataset))]
+    if not all(labels):
+        raise InputError(f"{manifest}: {dataset.path(labels.index(''))} has no label (third column)")
+    return dataset, labels
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: Encoder, manifest: str, config: PretrainConfig, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    """Mean patch token of each labelled clip, (n, D) fp32 on the CPU, and the clips' labels."""
+    dataset, labels = open_labelled(manifest, config)
+    features = []
+    for items in torch.arange(len(dataset)).split(32):
+        batch = collate([dataset[i] for i in items.tolist()], config.clip_frames)
+        spec = spectrogram(batch.waveform.to(device), batch.n_samples.to(device), config.norm_mean, config.norm_std)
+        features.append(encoder(spec)[:, 1:].mean(1).cpu())                                 # (32, D)
+    return torch.cat(features), labels
+
+
+def linear_probe(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]], decay: float = 1e-2) -> float:
+    """Accuracy on `test` of a logistic regression fitted to `train`, both (features (n, D), labels): 0 to 1."""
+    (x, labels), (x_test, labels_test) = train, test
+    classes = {label: i for i, label in enumerate(sorted(set(labels)))}
+    y, y_test = (torch.tensor([classes.get(label, -1) for label in some]) for some in (labels, labels_test))
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    weight = torch.zeros(len(classes), x.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight[:, :-1], weight[:, -1]), y) + decay * weight[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prediction = F.linear(x_test, weight[:, :-1], weight[:, -1]).argmax(1)
+    return (prediction == y_test).float().mean().item()
+
+
+def probe(encoder: Encoder, config: PretrainConfig, device: torch.device) -> float:
+    """Accuracy of a linear probe fitted on probe_train and scored on probe_test."""
+    paths = (config.probe_train, config.probe_test)
+    return linear_probe(*(extract_features(encoder, path, config, device) for path in paths))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: PretrainConfig, world: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded or written. Raises InputError."""
+    positive = "clip_frames norm_std clones ema_anneal batch_size accumulate updates clip_norm log_every save_every"
+    for name in positive.split():
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    if config.seed < 0:
+        raise InputError(f"--seed must not be negative, got {config.seed}")
+    choices_of = dict(model=MODELS, mask=("block", "flexible", "random"), amp=("auto", "bf16", "fp16", "fp32"))
+    for name, choices in choices_of.items():
+        if getattr(config, name) not in choices:
+            raise InputError(f"--{name} {getattr(config, name)}: choose from {', '.join(choices)}")
+    if not config.data:
+        raise InputError("--data is missing: a manifest (made by python data.py scan) or a packed folder")
+    if not 0 <= config.warmup < config.updates:
+        raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
+    if not 0 <= config.target_layers <= config.network.depth:
+        raise InputError(f"--target_layers {config.target_layers}: {config.model} has {config.network.depth} blocks")
+    if config.batch_size % (world * config.accumulate):
+        parts = f"{world} processes x {config.accumulate} parts (--accumulate)"
+        raise InputError(f"--batch_size {config.batch_size} does not divide over {parts}")
+    if bool(config.probe_train) != bool(config.probe_test):
+        raise InputError("--probe_train and --probe_test go together")
+    try:
+        draw_masks(dataclasses.replace(config, batch_size=1), 0, torch.device("cpu"))
+    except ValueError as error:
+        raise InputError(f"--mask: {error}") from None
+
+
+def open_run(config: PretrainConfig) -> None:
+    """Make the run folder, or make sure that the run in it has the same settings. Raises InputError if not."""
+    path = Path(config.out_dir, "config.json")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise InputError(f"{path} is damaged: choose another --out_dir") from None
+        new = asdict(config)
+        changed = [k for k in new.keys() | old.keys() if k not in MAY_CHANGE and old.get(k) != new.get(k)]
+        if changed:
+            diff = "; ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in sorted(changed))
+            raise InputError(f"{config.out_dir} holds a run with other settings ({diff}): choose another --out_dir")
+    elif Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
+        raise InputError(f"{config.out_dir} is not empty and holds no run: choose another --out_dir")
+    else:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """Type of the matrix products; weights, softmax, norms, targets, losses and the teacher's average stay in fp32."""
+    if amp == "auto" and device.type == "cpu":
+        amp = "fp32"
+    elif amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[amp]
+
+
+def make_scaler(amp_dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling as released for fp16: 2^7 at first, doubled after 4096 good updates (fairseq's fp16_optimizer.py).
+
+    Other types need none: there, at a scale of 1, it only keeps gradients that are not finite from the weights.
+    """
+    init_scale, growth_interval = (2.0**7, 4096) if amp_dtype == torch.float16 else (1.0, 2**31 - 1)
+    return torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
+
+
+def load_data(config: PretrainConfig, rank: int, world: int) -> AudioDataset:
+    """Check settings, data and run folder on all processes; ends them all, with one line, if anything is wrong."""
+    error, dataset = None, None
+    try:
+        check_config(config, world)
+        dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
+        for path in filter(None, (config.probe_train, config.probe_test)):
+            open_labelled(path, config)
+        if rank == 0:
+            open_run(config)
+    except (InputError, OSError) as problem:
+        error = str(problem)
+    errors = [error]
+    if world > 1:
+        errors = [None] * world
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        if rank == 0:
+            print(f"pretrain.py: {next(filter(None, errors))}", file=sys.stderr)
+        sys.exit(2)
+    return dataset
+
+
+class Feed:
+    """Iterates over a loader's batches; measures the wait for them and lists unreadable clips in bad_files.tsv."""
+
+    def __init__(self, loader: Iterable[Batch], dataset: AudioDataset, out_dir: Path):
+        self.batches, self.dataset, self.path = iter(loader), dataset, out_dir / "bad_files.tsv"
+        self.waited, self.listed = 0.0, read_bad_files(self.path)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        self.report((self.dataset.path(item), problem) for item, problem in batch.problems)
+        return batch
+
+    def report(self, problems: Iterable[tuple[str, str]]) -> None:
+        """Add files to the list. One short append per line: the processes share the file."""
+        for name, problem in problems:
+            if name not in self.listed:
+                self.listed.add(name)
+                with open(self.path, "a", errors="surrogateescape") as file:
+                    file.write(f"{name}\t{problem}\n")
+
+
+def read_bad_files(path: Path) -> set[str]:
+    """Names of the files listed in a bad_files.tsv, none if there is no such file."""
+    if not path.exists():
+        return set()
+    return {line.split("\t")[0] for line in path.read_text(errors="surrogateescape").splitlines()}
+
+
+def train(config: PretrainConfig) -> None:
+    """Run the pre-training that `config` describes, or go on with it."""
+    rank, world, device = init_distributed()
+    dataset = load_data(config, rank, world)
+    out_dir, is_main = Path(config.out_dir), rank == 0
+
+    # Student, teacher, optimizer
+    torch.manual_seed(config.seed)
+    student = EAT(config.network).to(device)
+    teacher = copy.deepcopy(student.encoder).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(
+        param_groups(student, config), lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+    )
+    amp_dtype = pick_precision(config.amp, device)
+    scaler = make_scaler(amp_dtype, device)
+
+    # Resume
+    start, last = 0, out_dir / "last.pt"
+    if last.exists():
+        state = load_checkpoint(last)
+        start = state["step"]
+        if state["n_items"] != len(dataset):
+            raise InputError(f"{config.data} has {len(dataset)} clips, the run in {out_dir} has {state['n_items']}")
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if is_main:
+            trim_log(out_dir, start)
+    if is_main:
+        n_parameters = sum(p.numel() for p in student.parameters())
+        begin = f"resuming at update {start}" if start else "starting"
+        print(f"{begin} in {out_dir}: {config.model}, {n_parameters:,} parameters, {len(dataset):,} clips", end=" ")
+        print(f"({len(dataset.too_short)} too short), {world} x {device.type}, {str(amp_dtype).removeprefix('torch.')}")
+
+    # Data: the stream of clips from update `start` on
+    sampler = ClipSampler(len(dataset), config.batch_size, config.seed, start, rank, world, config.accumulate)
+    feed = Feed(build_loader(dataset, sampler, config.workers, pin_memory=device.type == "cuda"), dataset, out_dir)
+    if is_main and not start:
+        feed.report((path, f"shorter than {config.min_samples} samples") for path in dataset.short_paths())
+
+    # Speed: compile in place, so that names of parameters stay; average gradients over processes
+    if config.compile:
+        student.compile()
+        teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
+    model = student if world == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
+
+    def run_probe(step: int) -> None:
+        if is_main and config.probe_train:
+            log(out_dir, dict(step=step, probe_accuracy=probe(student.encoder, config, device)))
+
+    if not start:
+        run_probe(0)
+    history, clock, feed.waited = [], time.perf_counter(), 0.0
+    progress = tqdm(
+        range(start, config.updates), initial=start, total=config.updates, disable=None if is_main else True
+    )
+    for step in progress:
+        parts = micro_batches(feed, sampler, config, step, device)
+        out = train_step(model, teacher, optimizer, scaler, parts, step, config, amp_dtype)
+        history.append(torch.stack([out[k] for k in ("loss", "loss_frame", "loss_utterance", "grad_norm")]))
+        step += 1  # from here on: completed updates
+
+        if step == 1 or step % config.log_every == 0 or step == config.updates:
+            weight = out["mask"].view(len(out["targets"]), config.clones, -1).sum(1).flatten()          # (B*N,)
+            target_std = masked_std(out["targets"].flatten(0, 1), weight)
+            pred_std = masked_std(out["pred"].flatten(0, 1), out["mask"].flatten())
+            means, skipped = summarize(history, world)
+            seconds = time.perf_counter() - clock
+            record = dict(
+                step=step, epoch=step * config.batch_size / len(dataset), loss=means[0], loss_frame=means[1],
+                loss_utterance=means[2], target_std=target_std, pred_std=pred_std, grad_norm=means[3],
+                lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config), skipped=skipped,
+                bad_files=len(read_bad_files(feed.path)), clips_per_s=len(history) * config.batch_size / seconds,
+                step_ms=1000 * seconds / len(history), data_wait=feed.waited / seconds,
+                peak_memory_gib=peak_memory_gib(device),
+            )  # fmt: skip
+            if is_main:
+                log(out_dir, record)
+                progress.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "lr", "clips_per_s")})
+            history, clock, feed.waited = [], time.perf_counter(), 0.0
+
+        if is_main and (step % config.save_every == 0 or step == config.updates):
+            save_checkpoint(
+                last, step=step, config=asdict(config), network=asdict(config.network), n_items=len(dataset),
+                student=student.state_dict(), teacher=teacher.state_dict(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            )  # fmt: skip
+        if step == config.updates or (config.probe_every and step % config.probe_every == 0):
+            run_probe(step)
+
+    if is_main:
+        print(f"done: {config.updates} updates; weights in {last}, curves in {out_dir / 'log.jsonl'}")
+        if Path(config.data).parent == DEMO:
+            print("next, on your own audio:  python data.py scan FOLDER -o train.tsv")
+            print("                          python pretrain.py --data train.tsv")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def summarize(history: list[Tensor], world: int) -> tuple[list[float], int]:
+    """Means over the updates since the last log line and over processes, and how many of these updates were skipped."""
+    rows = torch.stack(history)                                                             # (updates, 4)
+    if world > 1:
+        dist.all_reduce(rows)
+    good = rows[rows.isfinite().all(1)] / world
+    return good.mean(0).tolist(), len(rows) - len(good)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: on the GPU, or resident if there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def trim_log(out_dir: Path, step: int) -> None:
+    """Drop log lines of updates that will be repeated."""
+    path = out_dir / "log.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def main() -> None:
+    config = parse_config(PretrainConfig, PRESETS)
+    try:
+        train(config)
+    except InputError as error:  # one from a loader process comes with a traceback, its own words last
+        sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+    except KeyboardInterrupt:
+        sys.exit(f"\npretrain.py: interrupted; the same command goes on from the last checkpoint in {config.out_dir}")
+
+
+if __name__ == "__main__":
+    main()
