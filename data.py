@@ -257,6 +257,8 @@ class AudioDataset(Dataset):
     ):
         self.is_packed = os.path.isdir(source)
         self.shards = _open_packed(source) if self.is_packed else [Manifest(source)]
+        if not self.is_packed and not os.path.isdir(self.shards[0].root):
+            raise InputError(f"{source}, line 1: there is no folder {self.shards[0].root}")
         self.n_frames, self.hop = n_frames, n_frames * FRAME_SHIFT
         n_samples = torch.cat([shard.n_samples for shard in self.shards])
         long_enough = n_samples >= max(min_samples, FRAME_LENGTH)
@@ -404,12 +406,12 @@ def collate(clips: list[Clip], n_frames: int) -> Batch:
 
 
 def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader that reads the given batches (lists of items) of a dataset in order, `workers` processes ahead."""
+    """Loads the given batches (lists of items) in order, read ahead by `workers` processes, one a core at most."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=functools.partial(collate, n_frames=dataset.n_frames),
-        num_workers=workers,
+        num_workers=min(workers, len(os.sched_getaffinity(0))),
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )

@@ -33,9 +33,9 @@ def inverse_block_mask(
     mask_ratio: float = 0.8,
     block: tuple[int, int] = (5, 5),
     adjust: float = 0.07,
-    anchor: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    anchor: tuple[int, int] | None = None,
 ) -> Tensor:
     """Draw n masks that keep a few blocks visible; returns (n, H*W) bool, True = masked, the same count in every row.
 
@@ -47,6 +47,7 @@ def inverse_block_mask(
         mask_ratio: fraction of patches to hide.
         block: size of a visible block in patches, (time, frequency).
         adjust: extra area drawn to make up for overlapping and cut blocks.
+        generator, device: where the masks are drawn; nothing is copied to or from the CPU.
         anchor: how many patches before its centre a block starts; default half a block.
     Raises:
         ValueError: the block is larger than the grid, or so large that not even one block is drawn.
@@ -85,7 +86,7 @@ def flexible_block_mask(
     Released code: the `flexible_mask` option, off in its recipes. Raises ValueError as `inverse_block_mask` does.
     """
     shapes = [
-        inverse_block_mask(n * clones, grid, mask_ratio, block, adjust, FLEXIBLE_ANCHOR, generator, device)
+        inverse_block_mask(n * clones, grid, mask_ratio, block, adjust, generator, device, FLEXIBLE_ANCHOR)
         for block in FLEXIBLE_BLOCKS
     ]
     choice = torch.randint(len(shapes), (n, 1), generator=generator, device=device)  # (n, 1)

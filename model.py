@@ -154,13 +154,16 @@ class Encoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as the released code does (EAT_pretraining.py:243-251); what is absent keeps PyTorch's default."""
+        """Initialise as the released code does (EAT_pretraining.py:243-251).
+
+        Not listed, and left as PyTorch makes them: the bias of patch_embed, the norms, the whole decoder.
+        """
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.width, -1))
-        nn.init.normal_(self.cls_token)  # std 1, not the usual 0.02: init_extra_token_zero is false
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=1.0)  # not the usual 0.02
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def embed(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Patches with positions, the visible ones if ids_keep (B*C, V) is given, behind the CLS token.

@@ -82,7 +82,7 @@ class PretrainConfig:
 
     amp: str = "auto"  # bf16, fp16 or fp32; auto: bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the networks
-    workers: int = 4  # loader processes per training process
+    workers: int = 4  # loader processes per training process, one for each core at most
     log_every: int = 100  # updates between log lines
     save_every: int = 1000  # updates between checkpoints
     seed: int = 1  # of everything random
@@ -110,10 +110,10 @@ PRESETS = {
         model="large", mask_ratio=0.75, mask_adjust=0.1, lr=4e-4, ema_anneal=150_000,
     ),
     "demo": dict(
-        data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=256, min_samples=1600,
-        mask_block_time=3, mask_block_freq=3, clones=4, utterance_weight=1.0,
-        ema_decay=0.99, ema_decay_end=0.999, ema_anneal=300, batch_size=32, updates=300, lr=1e-3, warmup=60,
-        workers=1, log_every=20, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+        data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=64, min_samples=1600,
+        mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0,
+        ema_decay=0.99, ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100,
+        workers=1, log_every=50, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
     ),
 }  # fmt: skip
 
@@ -129,10 +129,11 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     """Command line -> config: one flag per field, its comment as help; a preset changes defaults, a flag beats it."""
     comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--preset NAME] [--flag value ...]    (--help lists the flags)",
+        usage="%(prog)s [--preset NAME] [--flag value ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the flags)\n")
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
     for field in dataclasses.fields(cls):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
@@ -329,13 +330,14 @@ def open_labelled(manifest: str, config: PretrainConfig) -> tuple[AudioDataset, 
 def extract_features(
     encoder: Encoder, manifest: str, config: PretrainConfig, device: torch.device
 ) -> tuple[Tensor, list[str]]:
-    """Mean patch token of each labelled clip, (n, D) fp32 on the CPU, and the clips' labels."""
+    """CLS token and mean patch token of each labelled clip, (n, 2D) fp32 on the CPU, and the clips' labels."""
     dataset, labels = open_labelled(manifest, config)
     features = []
-    for items in torch.arange(len(dataset)).split(32):
+    for items in tqdm(torch.arange(len(dataset)).split(32), desc="probe", leave=False, disable=None):
         batch = collate([dataset[i] for i in items.tolist()], config.clip_frames)
         spec = spectrogram(batch.waveform.to(device), batch.n_samples.to(device), config.norm_mean, config.norm_std)
-        features.append(encoder(spec)[:, 1:].mean(1).cpu())                                 # (32, D)
+        tokens = encoder(spec)                                                              # (32, 1+N, D)
+        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).cpu())      # (32, 2D)
     return torch.cat(features), labels
 
 
@@ -375,16 +377,15 @@ def check_config(config: PretrainConfig, world: int) -> None:
     for name in positive.split():
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
-    if config.seed < 0:
-        raise InputError(f"--seed must not be negative, got {config.seed}")
+    for name in ("warmup", "seed", "workers", "probe_every", "min_samples"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} must not be negative, got {getattr(config, name)}")
     choices_of = dict(model=MODELS, mask=("block", "flexible", "random"), amp=("auto", "bf16", "fp16", "fp32"))
     for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
             raise InputError(f"--{name} {getattr(config, name)}: choose from {', '.join(choices)}")
     if not config.data:
         raise InputError("--data is missing: a manifest (made by python data.py scan) or a packed folder")
-    if not 0 <= config.warmup < config.updates:
-        raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
     if not 0 <= config.target_layers <= config.network.depth:
         raise InputError(f"--target_layers {config.target_layers}: {config.model} has {config.network.depth} blocks")
     if config.batch_size % (world * config.accumulate):

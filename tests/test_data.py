@@ -245,7 +245,10 @@ def test_stand_ins_are_always_the_same(folder):
 
 
 def test_a_vanished_folder_ends_the_run(tmp_path):
-    (tmp_path / "m.tsv").write_text("/nowhere\n" + "".join(f"{i}.wav\t16000\n" for i in range(150)))
+    (tmp_path / "m.tsv").write_text("audio\n" + "".join(f"{i}.wav\t16000\n" for i in range(150)))
+    with pytest.raises(InputError, match="line 1: there is no folder"):
+        AudioDataset(tmp_path / "m.tsv")
+    (tmp_path / "audio").mkdir()
     with pytest.raises(InputError, match="is the data still there"):
         AudioDataset(tmp_path / "m.tsv")[0]
 
@@ -254,7 +257,7 @@ def test_short_clips_are_left_out(folder):
     dataset = AudioDataset(folder / "manifest.tsv", min_samples=12_000)
     assert len(dataset) == 5 and dataset.path(0).endswith("clip 3.wav")
     assert [Path(p).name for p in dataset.short_paths()] == ["clip 0.wav", "clip 1.wav", "clip 2.wav"]
-    with pytest.raises(InputError, match="shorter than 50000"):
+    with pytest.raises(InputError, match="no clip has the 50000 samples"):
         AudioDataset(folder / "manifest.tsv", min_samples=50_000)
 
 

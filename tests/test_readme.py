@@ -1,0 +1,110 @@
+"""What the README says is so: files, line counts, links, imports, flags, commands and snippets."""
+
+import ast
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from pretrain import PRESETS, PretrainConfig, parse_config
+
+README = (ROOT / "README.md").read_text()
+GRAPH = {"masking": set(), "model": set(), "data": set(), "pretrain": {"masking", "model", "data"}}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands(program: str) -> list[list[str]]:
+    """The README's command lines that run a script of ours, as words."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words[words.index(program) :] for words in lines if program in words]
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_import_graph(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported & GRAPH.keys() == GRAPH[name]
+
+
+def test_no_other_module():
+    assert {p.stem for p in ROOT.glob("*.py")} == GRAPH.keys()
+
+
+def test_line_counts():
+    for name in GRAPH:
+        said = int(re.search(rf"\[`{name}.py`\]\({name}.py\) \| (\d+) \|", README).group(1))
+        assert abs(said - len((ROOT / f"{name}.py").read_text().splitlines())) <= 0.05 * said, name
+
+
+def test_links():
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.+)$", README, re.M)]
+    anchors = {"#" + title.replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_flags():
+    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    known |= {f"no-{field.name}" for field in dataclasses.fields(PretrainConfig) if field.type is bool}
+    torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
+    assert said <= known | torchrun | {"preset", "help"}, said - known - torchrun
+
+
+def test_names_in_backquotes():
+    """Each `name` that stands with a function's or class's look is one."""
+    source = "".join((ROOT / f"{name}.py").read_text() for name in GRAPH)
+    for name in "train_step make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram".split():
+        assert f"`{name}`" in README and f"def {name}(" in source
+
+
+def test_pretrain_commands_parse():
+    lines = commands("pretrain.py")
+    assert len(lines) >= 4
+    for words in lines:
+        parse_config(PretrainConfig, PRESETS, words[1:])
+
+
+def test_data_commands_run(tmp_path):
+    os.symlink(ROOT / "assets" / "demo" / "prompts", tmp_path / "my_audio")
+    lines = commands("data.py")
+    assert [words[1] for words in lines] == ["scan", "stats", "pack"]
+    for words in lines:
+        subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert Path(tmp_path, "shards", "index.json").exists()
+
+
+def test_snippets_run(tmp_path, script, monkeypatch):
+    """In order, in one session, after two updates of the demo."""
+    short = ["--updates", 2, "--warmup", 1, "--batch_size", 4, "--probe_train", "", "--probe_test", ""]
+    out = script("pretrain.py", "--preset", "demo", *short).stdout
+    assert "next, on your own audio" in out
+    os.symlink(ROOT / "assets", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    session: dict = {}
+    for snippet in blocks("python"):
+        exec(snippet, session)
+    assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
+    frames = session["spec"].shape[2]
+    assert session["tokens"].shape == (1, 1 + frames // 16 * 8, session["encoder"].config.width)
+
+
+def test_the_two_setup_commands():
+    """Each is one line that makes the environment; .ci/run types the second."""
+    setup = [block for block in blocks("bash") if "venv" in block]
+    assert len(setup) == 2 and all(len(block.strip().splitlines()) == 1 for block in setup)
+    assert "--preset demo" in setup[0] and setup[1].strip().endswith("-m pytest -q")
+    assert "grep --max-count=1 -- '-m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
