@@ -216,9 +216,16 @@ class Manifest:
         line = os.fsdecode(self.text[begin:end].numpy().tobytes()).split("\n", 1)[0].rstrip("\r")
         return line.split("\t") if "\t" in line else line.rsplit(None, 1)
 
+    def name(self, i: int) -> str:
+        """Path of clip i as it is listed."""
+        return self.fields(i)[0]
+
     def path(self, i: int) -> str:
-        """Path of clip i, below the manifest's root."""
-        return os.path.join(self.root, self.fields(i)[0])
+        """Path of clip i. Raises InputError if it is not below the manifest's root: a manifest may be a stranger's."""
+        name = self.name(i)
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError("lies outside the manifest's folder")
+        return os.path.join(self.root, name)
 
     def labels(self, i: int) -> list[str]:
         """Labels of clip i, empty if the manifest has none."""
@@ -285,21 +292,21 @@ class AudioDataset(Dataset):
         shard = int(torch.searchsorted(self.first_line, line, right=True)) - 1
         return shard, line - int(self.first_line[shard])
 
-    def path(self, item: int) -> str:
-        """Path of the file that an item comes from."""
+    def name(self, item: int) -> str:
+        """The file that an item comes from, as its manifest lists it."""
         shard, line, _ = self.locate(item)
-        return self.shards[shard].path(line)
+        return self.shards[shard].name(line)
 
     def labels(self, item: int) -> list[str]:
         """Labels of the clip that an item comes from."""
         shard, line, _ = self.locate(item)
         return self.shards[shard].labels(line)
 
-    def short_paths(self) -> Iterator[str]:
-        """Paths of the clips that are left out because they are shorter than min_samples."""
+    def short_names(self) -> Iterator[str]:
+        """The clips that are left out because they are shorter than min_samples."""
         for line in self.too_short.tolist():
             shard, line = self._line(line)
-            yield self.shards[shard].path(line)
+            yield self.shards[shard].name(line)
 
     def read(self, item: int) -> Tensor:
         """The waveform of an item, (S,) with S <= clip_samples(n_frames). Raises InputError as load_audio does."""
@@ -319,7 +326,7 @@ class AudioDataset(Dataset):
                 return Clip(self.read(stand_in % len(self)), item, problem)
             except InputError as error:
                 problem = problem or str(error)
-        raise InputError(f"{self.path(item)}: {problem}, and so on for the 99 clips after it: is the data still there?")
+        raise InputError(f"{self.name(item)}: {problem}, and so on for the 99 clips after it: is the data still there?")
 
 
 def _open_packed(folder: str) -> list[Manifest]:
@@ -442,7 +449,7 @@ def read_all(dataset: AudioDataset, items: Iterable[int], workers: int) -> DataL
     return DataLoader(_Reader(dataset, items), batch_size=None, num_workers=workers)
 
 
-def _write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write a text file so that it is there in full or not at all."""
     with open(f"{path}.tmp", "w", errors="surrogateescape") as file:
         file.writelines(f"{line}\n" for line in lines)
@@ -477,10 +484,10 @@ def scan(folder: str, output: str) -> None:
         found = list(tqdm(pool.map(probe, paths), total=len(paths), desc="scan", unit="file"))
     good, bad = [row for row in found if not row[2]], [row for row in found if row[2]]
     if bad:
-        _write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, _, problem in bad))
+        write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, _, problem in bad))
     if not good:
         raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
-    _write_lines(output, [os.path.abspath(folder), *(f"{name}\t{n_samples}" for name, n_samples, _ in good)])
+    write_lines(output, [os.path.abspath(folder), *(f"{name}\t{n_samples}" for name, n_samples, _ in good)])
     hours = sum(n_samples for _, n_samples, _ in good) / SAMPLE_RATE / 3600
     left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
     print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}")
@@ -519,7 +526,7 @@ def pack(source: str, folder: str, workers: int) -> None:
     plan_path, index_path = target / "plan.json", target / "index.json"
     if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
         raise InputError(f"{folder} was packed from another manifest or by another version: choose an empty folder")
-    _write_lines(plan_path, [json.dumps(plan)])
+    write_lines(plan_path, [json.dumps(plan)])
 
     names = [f"{k:05d}" for k in range(math.ceil(len(dataset) / CLIPS_PER_SHARD))]
     progress = tqdm(total=len(dataset), desc="pack", unit="clip")
@@ -539,8 +546,8 @@ def pack(source: str, folder: str, workers: int) -> None:
     names = [name for name in names if (target / f"{name}.pcm").stat().st_size]  # a shard of bad files is empty
     bad = [line for path in sorted(target.glob("*.bad")) for line in path.read_text().splitlines()]
     if bad:
-        _write_lines(target / "bad_files.tsv", bad)
-    _write_lines(index_path, [json.dumps(dict(plan, shards=names))])
+        write_lines(target / "bad_files.tsv", bad)
+    write_lines(index_path, [json.dumps(dict(plan, shards=names))])
     left_out = f"; {len(bad)} left out, listed in {target / 'bad_files.tsv'}" if bad else ""
     print(f"{folder}: {len(dataset) - len(bad)} clips in {len(names)} shards{left_out}")
 
@@ -551,7 +558,7 @@ def _pack_shard(dataset: AudioDataset, items: range, stem: Path, workers: int, p
         for item, waveform, problem in read_all(dataset, items, workers):
             progress.update()
             if problem:
-                bad.append(f"{dataset.path(item)}\t{problem}")
+                bad.append(f"{dataset.name(item)}\t{problem}")
                 continue
             if waveform.is_floating_point():
                 waveform = (waveform * 32768).round().clamp(-32768, 32767).to(torch.int16)
@@ -562,8 +569,8 @@ def _pack_shard(dataset: AudioDataset, items: range, stem: Path, workers: int, p
         file.flush()
         os.fsync(file.fileno())
     if bad:
-        _write_lines(f"{stem}.bad", bad)
-    _write_lines(f"{stem}.tsv", [_crc(Path(f"{stem}.pcm")), *lines])  # its presence says that the shard is complete
+        write_lines(f"{stem}.bad", bad)
+    write_lines(f"{stem}.tsv", [_crc(Path(f"{stem}.pcm")), *lines])  # its presence says that the shard is complete
 
 
 def _crc(path: Path) -> str:

@@ -15,18 +15,22 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
+import fcntl
 import inspect
 import json
 import math
 import os
-import pickle
 import re
 import resource
+import signal
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import AudioDataset, Batch, ClipSampler, InputError, build_loader, collate, seed_of, spectrogram
+from data import AudioDataset, Batch, ClipSampler, InputError, build_loader, collate, seed_of, spectrogram, write_lines
 from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
 from model import EAT, MODELS, Encoder, ModelConfig, make_targets
 
@@ -87,6 +91,11 @@ class PretrainConfig:
     save_every: int = 1000  # updates between checkpoints
     seed: int = 1  # of everything random
 
+    max_bad_fraction: float = 0.05  # stop if more of the clips read than this cannot be used
+    max_skipped: int = 50  # stop after so many updates in a row whose gradient is not finite
+    stop_on_collapse: bool = False  # stop, rather than warn, when targets or predictions are nearly constant
+    timeout: float = 10.0  # minutes after which a process that hangs ends the job
+
     probe_train: str = ""  # labelled manifest: fit a linear probe on the frozen encoder, before and after training
     probe_test: str = ""  # labelled manifest to score the probe on
     probe_every: int = 0  # also probe every so many updates, 0 = not
@@ -118,7 +127,10 @@ PRESETS = {
 }  # fmt: skip
 
 # What may change when a run is continued; everything else would make it another experiment.
-MAY_CHANGE = "data out_dir accumulate compile workers log_every save_every probe_train probe_test probe_every".split()
+MAY_CHANGE = set(
+    "data out_dir accumulate compile workers log_every save_every probe_train probe_test probe_every "
+    "max_bad_fraction max_skipped stop_on_collapse timeout".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,8 +157,11 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     return cls(**values)
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, if it did: (rank, world size, this process's device)."""
+def init_distributed(timeout: float) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started, if it did: (rank, world size, this process's device).
+
+    A process that waits `timeout` minutes for the others fails, and torchrun then ends the job.
+    """
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
@@ -154,7 +169,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
     return int(os.environ.get("RANK", 0)), world, device
 
 
@@ -169,27 +185,51 @@ def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) 
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write tensors and plain values to `path`, whole or not at all."""
+    """Write tensors and plain values to `path`, whole or not at all; the file it replaces becomes previous.pt.
+
+    Raises OSError or RuntimeError if the disk does not take it; what was there is then still there.
+    """
     partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, on the CPU. Raises InputError if the file is damaged."""
+    """Read what save_checkpoint wrote, on the CPU. Raises InputError if the file is missing, damaged or not plain data.
+
+    torch.load does not compare the checksums that the file, a zip archive, holds for each tensor; zipfile does.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise InputError(f"{path} is damaged: {damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever zipfile, pickle and torch make of bytes that are not theirs
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log(out_dir: Path, record: dict) -> None:
-    """Add a JSON line to the run's log.jsonl and print it in short."""
-    with open(out_dir / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add a JSON line to the run's log.jsonl and print it in short; a full disk costs the line, not the run."""
+    try:
+        with open(out_dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        tqdm.write(f"WARNING: could not write to {out_dir / 'log.jsonl'}: {error}")
     tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
@@ -276,7 +316,8 @@ def train_step(
 
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
-    scaler.step(optimizer)  # leaves the weights alone where a gradient is not finite
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # where 1, fused AdamW leaves the weights as they are
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
@@ -285,6 +326,9 @@ def train_step(
         loss=loss, loss_frame=loss_frame, loss_utterance=loss_utterance, grad_norm=grad_norm,
         pred=out["pred"], targets=targets, mask=mask,
     )  # fmt: skip
+
+
+MIN_TARGET_STD, MIN_PRED_STD = 0.1, 0.01  # below: collapse (the released code's class defaults)
 
 
 @torch.no_grad()
@@ -322,7 +366,7 @@ def open_labelled(manifest: str, config: PretrainConfig) -> tuple[AudioDataset, 
     dataset = AudioDataset(manifest, config.clip_frames, segments=False)
     labels = [next(iter(dataset.labels(i)), "") for i in range(len(dataset))]
     if not all(labels):
-        raise InputError(f"{manifest}: {dataset.path(labels.index(''))} has no label (third column)")
+        raise InputError(f"{manifest}: {dataset.name(labels.index(''))} has no label (third column)")
     return dataset, labels
 
 
@@ -385,7 +429,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
         if getattr(config, name) not in choices:
             raise InputError(f"--{name} {getattr(config, name)}: choose from {', '.join(choices)}")
     if not config.data:
-        raise InputError("--data is missing: a manifest (made by python data.py scan) or a packed folder")
+        raise InputError("--data is missing: a manifest (python data.py scan makes one) or a packed folder")
     if not 0 <= config.target_layers <= config.network.depth:
         raise InputError(f"--target_layers {config.target_layers}: {config.model} has {config.network.depth} blocks")
     if config.batch_size % (world * config.accumulate):
@@ -399,24 +443,50 @@ def check_config(config: PretrainConfig, world: int) -> None:
         raise InputError(f"--mask: {error}") from None
 
 
-def open_run(config: PretrainConfig) -> None:
-    """Make the run folder, or make sure that the run in it has the same settings. Raises InputError if not."""
-    path = Path(config.out_dir, "config.json")
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path} is damaged: choose another --out_dir") from None
-        new = asdict(config)
+def open_run(config: PretrainConfig) -> IO:
+    """Make the run folder, or make sure that it belongs to these settings; returns a lock to hold during the run.
+
+    The lock ends with its process, however that ends. Raises InputError if the folder is in use or is another run's.
+    """
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not (out_dir / "config.json").exists() and any(p.name != "lock" for p in out_dir.iterdir()):
+        raise InputError(f"{out_dir} is not empty and holds no run: choose another --out_dir")
+    lock = open(out_dir / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another process is running in {out_dir}: wait for it or choose another --out_dir") from None
+    if not (out_dir / "config.json").exists():
+        write_lines(out_dir / "config.json", [json.dumps(asdict(config), indent=1)])
+        return lock
+    try:
+        old, new = json.loads((out_dir / "config.json").read_text()), asdict(config)
         changed = [k for k in new.keys() | old.keys() if k not in MAY_CHANGE and old.get(k) != new.get(k)]
-        if changed:
-            diff = "; ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in sorted(changed))
-            raise InputError(f"{config.out_dir} holds a run with other settings ({diff}): choose another --out_dir")
-    elif Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
-        raise InputError(f"{config.out_dir} is not empty and holds no run: choose another --out_dir")
-    else:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    except (ValueError, AttributeError):
+        raise InputError(f"{out_dir / 'config.json'} is damaged: restore it or choose another --out_dir") from None
+    if changed:
+        diff = "; ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in sorted(changed))
+        raise InputError(f"{out_dir} holds a run with other settings ({diff}): choose another --out_dir")
+    return lock
+
+
+def newest_checkpoint(out_dir: Path) -> str | None:
+    """Name of the newest checkpoint that can be read, None if there is none; a damaged one is put aside.
+
+    Raises InputError if there are checkpoints, but none can be read.
+    """
+    found = [path for path in (out_dir / "last.pt", out_dir / "previous.pt") if path.exists()]
+    for path in found:
+        try:
+            load_checkpoint(path)
+            return path.name
+        except InputError as error:
+            os.replace(path, path.with_suffix(".damaged"))
+            print(f"WARNING: {error}; kept as {path.with_suffix('.damaged')}", file=sys.stderr)
+    if found:
+        raise InputError(f"no checkpoint in {out_dir} can be read: restore one, or choose another --out_dir")
+    return None
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
@@ -429,35 +499,58 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 def make_scaler(amp_dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling as released for fp16: 2^7 at first, doubled after 4096 good updates (fairseq's fp16_optimizer.py).
+    """Loss scaling for fp16 as released: 2^7 at first, doubled after 4096 good updates (fairseq fp16_optimizer.py)."""
+    is_half = amp_dtype == torch.float16
+    return torch.amp.GradScaler(device.type, init_scale=2.0**7, growth_interval=4096, enabled=is_half)
 
-    Other types need none: there, at a scale of 1, it only keeps gradients that are not finite from the weights.
+
+def prepare(config: PretrainConfig, rank: int, world: int) -> tuple[AudioDataset, str | None, IO | None]:
+    """Check settings, data and run folder on all processes: (data, checkpoint to resume, lock of the run folder).
+
+    Ends all processes, with one line, if anything is wrong.
     """
-    init_scale, growth_interval = (2.0**7, 4096) if amp_dtype == torch.float16 else (1.0, 2**31 - 1)
-    return torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
-
-
-def load_data(config: PretrainConfig, rank: int, world: int) -> AudioDataset:
-    """Check settings, data and run folder on all processes; ends them all, with one line, if anything is wrong."""
-    error, dataset = None, None
+    error, dataset, checkpoint, lock = None, None, None, None
     try:
         check_config(config, world)
         dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
         for path in filter(None, (config.probe_train, config.probe_test)):
             open_labelled(path, config)
         if rank == 0:
-            open_run(config)
+            lock = open_run(config)
+            checkpoint = newest_checkpoint(Path(config.out_dir))
     except (InputError, OSError) as problem:
         error = str(problem)
-    errors = [error]
+    answers = [(error, checkpoint)]
     if world > 1:
-        errors = [None] * world
-        dist.all_gather_object(errors, error)
-    if any(errors):
+        answers = [None] * world
+        dist.all_gather_object(answers, (error, checkpoint))
+    errors = [error for error, _ in answers if error]
+    if errors:
         if rank == 0:
-            print(f"pretrain.py: {next(filter(None, errors))}", file=sys.stderr)
+            print(f"pretrain.py: {errors[0]}", file=sys.stderr)
         sys.exit(2)
-    return dataset
+    return dataset, answers[0][1], lock
+
+
+class Stop:
+    """A wish to stop, by a signal to any process or by rank 0, on which all processes agree after each update."""
+
+    def __init__(self, world: int):
+        self.code, self.reason = 0, ""
+        self.group = dist.new_group(backend="gloo") if world > 1 else None  # on the CPU: never waits for the GPU
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
+        self.code, self.reason = 128 + number, f"stopped by {signal.Signals(number).name}; the same command goes on"
+
+    def agreed(self) -> int:
+        """The exit status of the stop that some process wishes, 0 if none does; the same on all processes."""
+        code = torch.tensor(self.code)
+        if self.group is not None:
+            dist.all_reduce(code, dist.ReduceOp.MAX, group=self.group)
+        return int(code)
 
 
 class Feed:
@@ -465,7 +558,7 @@ class Feed:
 
     def __init__(self, loader: Iterable[Batch], dataset: AudioDataset, out_dir: Path):
         self.batches, self.dataset, self.path = iter(loader), dataset, out_dir / "bad_files.tsv"
-        self.waited, self.listed = 0.0, read_bad_files(self.path)
+        self.waited, self.n_read, self.n_bad, self.listed = 0.0, 0, 0, read_bad_files(self.path)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -474,7 +567,8 @@ class Feed:
         start = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
-        self.report((self.dataset.path(item), problem) for item, problem in batch.problems)
+        self.n_read, self.n_bad = self.n_read + len(batch.waveform), self.n_bad + len(batch.problems)
+        self.report((self.dataset.name(item), problem) for item, problem in batch.problems)
         return batch
 
     def report(self, problems: Iterable[tuple[str, str]]) -> None:
@@ -493,10 +587,10 @@ def read_bad_files(path: Path) -> set[str]:
     return {line.split("\t")[0] for line in path.read_text(errors="surrogateescape").splitlines()}
 
 
-def train(config: PretrainConfig) -> None:
-    """Run the pre-training that `config` describes, or go on with it."""
-    rank, world, device = init_distributed()
-    dataset = load_data(config, rank, world)
+def train(config: PretrainConfig) -> int:
+    """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
+    rank, world, device = init_distributed(config.timeout)
+    dataset, checkpoint, _lock = prepare(config, rank, world)
     out_dir, is_main = Path(config.out_dir), rank == 0
 
     # Student, teacher, optimizer
@@ -510,9 +604,9 @@ def train(config: PretrainConfig) -> None:
     scaler = make_scaler(amp_dtype, device)
 
     # Resume
-    start, last = 0, out_dir / "last.pt"
-    if last.exists():
-        state = load_checkpoint(last)
+    start = 0
+    if checkpoint is not None:
+        state = load_checkpoint(out_dir / checkpoint)
         start = state["step"]
         if state["n_items"] != len(dataset):
             raise InputError(f"{config.data} has {len(dataset)} clips, the run in {out_dir} has {state['n_items']}")
@@ -520,51 +614,55 @@ def train(config: PretrainConfig) -> None:
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if is_main:
-            trim_log(out_dir, start)
     if is_main:
+        trim_log(out_dir, start)
         n_parameters = sum(p.numel() for p in student.parameters())
         begin = f"resuming at update {start}" if start else "starting"
         print(f"{begin} in {out_dir}: {config.model}, {n_parameters:,} parameters, {len(dataset):,} clips", end=" ")
         print(f"({len(dataset.too_short)} too short), {world} x {device.type}, {str(amp_dtype).removeprefix('torch.')}")
 
     # Data: the stream of clips from update `start` on
+    stop = Stop(world)
     sampler = ClipSampler(len(dataset), config.batch_size, config.seed, start, rank, world, config.accumulate)
     feed = Feed(build_loader(dataset, sampler, config.workers, pin_memory=device.type == "cuda"), dataset, out_dir)
-    if is_main and not start:
-        feed.report((path, f"shorter than {config.min_samples} samples") for path in dataset.short_paths())
+    if is_main:
+        feed.report((name, f"shorter than {config.min_samples} samples") for name in dataset.short_names())
 
     # Speed: compile in place, so that names of parameters stay; average gradients over processes
     if config.compile:
         student.compile()
         teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
-    model = student if world == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
+    model = student if world == 1 else DistributedDataParallel(
+        student, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
     def run_probe(step: int) -> None:
         if is_main and config.probe_train:
             log(out_dir, dict(step=step, probe_accuracy=probe(student.encoder, config, device)))
 
+    def save(step: int) -> None:
+        state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
+        state = {name: part.state_dict() for name, part in state.items()}
+        plain = dict(step=step, config=asdict(config), network=asdict(config.network), n_items=len(dataset))
+        save_checkpoint(out_dir / "last.pt", **plain, **state)
+
     if not start:
         run_probe(0)
-    history, clock, feed.waited = [], time.perf_counter(), 0.0
-    progress = tqdm(
-        range(start, config.updates), initial=start, total=config.updates, disable=None if is_main else True
-    )
-    for step in progress:
+    code, history, n_skipped, clock, feed.waited = 0, [], 0, time.perf_counter(), 0.0
+    is_tty_bar = dict(initial=start, total=config.updates, disable=None if is_main else True)
+    for step in (progress := tqdm(range(start, config.updates), **is_tty_bar)):
         parts = micro_batches(feed, sampler, config, step, device)
         out = train_step(model, teacher, optimizer, scaler, parts, step, config, amp_dtype)
         history.append(torch.stack([out[k] for k in ("loss", "loss_frame", "loss_utterance", "grad_norm")]))
         step += 1  # from here on: completed updates
+        is_last = step == config.updates
 
-        if step == 1 or step % config.log_every == 0 or step == config.updates:
-            weight = out["mask"].view(len(out["targets"]), config.clones, -1).sum(1).flatten()          # (B*N,)
-            target_std = masked_std(out["targets"].flatten(0, 1), weight)
-            pred_std = masked_std(out["pred"].flatten(0, 1), out["mask"].flatten())
-            means, skipped = summarize(history, world)
+        if step == 1 or step % config.log_every == 0 or is_last:
+            losses, skipped, bad_fraction = summarize(history, feed, world)
+            n_skipped = n_skipped + skipped if skipped == len(history) else skipped
             seconds = time.perf_counter() - clock
             record = dict(
-                step=step, epoch=step * config.batch_size / len(dataset), loss=means[0], loss_frame=means[1],
-                loss_utterance=means[2], target_std=target_std, pred_std=pred_std, grad_norm=means[3],
+                step=step, epoch=step * config.batch_size / len(dataset), **losses, **spread(out, config.clones),
                 lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config), skipped=skipped,
                 bad_files=len(read_bad_files(feed.path)), clips_per_s=len(history) * config.batch_size / seconds,
                 step_ms=1000 * seconds / len(history), data_wait=feed.waited / seconds,
@@ -573,33 +671,70 @@ def train(config: PretrainConfig) -> None:
             if is_main:
                 log(out_dir, record)
                 progress.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "lr", "clips_per_s")})
+                check_health(stop, record, n_skipped, bad_fraction, config)
             history, clock, feed.waited = [], time.perf_counter(), 0.0
 
-        if is_main and (step % config.save_every == 0 or step == config.updates):
-            save_checkpoint(
-                last, step=step, config=asdict(config), network=asdict(config.network), n_items=len(dataset),
-                student=student.state_dict(), teacher=teacher.state_dict(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            )  # fmt: skip
-        if step == config.updates or (config.probe_every and step % config.probe_every == 0):
+        code = stop.agreed()
+        if is_main and (step % config.save_every == 0 or is_last or code > 128):
+            try:
+                save(step)
+            except (OSError, RuntimeError) as error:
+                message = f"could not save update {step} in {out_dir} ({first_line(error)}), the last checkpoint stands"
+                if is_last or code:
+                    raise InputError(message) from None
+                tqdm.write(f"WARNING: {message}; the run goes on")
+        if code:
+            break
+        if is_last or (config.probe_every and step % config.probe_every == 0):
             run_probe(step)
 
-    if is_main:
-        print(f"done: {config.updates} updates; weights in {last}, curves in {out_dir / 'log.jsonl'}")
+    progress.close()
+    if is_main and code:
+        print(f"pretrain.py: {stop.reason or 'stopped by a signal to another process'}", file=sys.stderr)
+    elif is_main:
+        print(f"done: {config.updates} updates; weights in {out_dir / 'last.pt'}, curves in {out_dir / 'log.jsonl'}")
         if Path(config.data).parent == DEMO:
             print("next, on your own audio:  python data.py scan FOLDER -o train.tsv")
             print("                          python pretrain.py --data train.tsv")
     if world > 1:
         dist.destroy_process_group()
+    return code
 
 
-def summarize(history: list[Tensor], world: int) -> tuple[list[float], int]:
-    """Means over the updates since the last log line and over processes, and how many of these updates were skipped."""
+def summarize(history: list[Tensor], feed: Feed, world: int) -> tuple[dict[str, float], int, float]:
+    """Mean losses and updates skipped since the last log line, share of clips unusable (of 100 or more read so far)."""
     rows = torch.stack(history)                                                             # (updates, 4)
+    clips = torch.tensor([feed.n_bad, feed.n_read], dtype=rows.dtype, device=rows.device)
     if world > 1:
         dist.all_reduce(rows)
+        dist.all_reduce(clips)
     good = rows[rows.isfinite().all(1)] / world
-    return good.mean(0).tolist(), len(rows) - len(good)
+    names = ("loss", "loss_frame", "loss_utterance", "grad_norm")
+    n_bad, n_read = clips.tolist()
+    return dict(zip(names, good.mean(0).tolist())), len(rows) - len(good), n_bad / n_read if n_read >= 100 else 0.0
+
+
+def spread(out: dict[str, Tensor], clones: int) -> dict[str, float]:
+    """target_std and pred_std of what train_step returned."""
+    times_masked = out["mask"].view(len(out["targets"]), clones, -1).sum(1).flatten()       # (B*N,)
+    return dict(
+        target_std=masked_std(out["targets"].flatten(0, 1), times_masked),
+        pred_std=masked_std(out["pred"].flatten(0, 1), out["mask"].flatten()),
+    )
+
+
+def check_health(stop: Stop, record: dict, n_skipped: int, bad_fraction: float, config: PretrainConfig) -> None:
+    """Ask for a stop if the run diverged or its data is broken, warn or ask for a stop if it collapsed."""
+    target_std, pred_std, listed = record["target_std"], record["pred_std"], Path(config.out_dir, "bad_files.tsv")
+    if bad_fraction > config.max_bad_fraction:
+        stop.code, stop.reason = 1, f"{bad_fraction:.0%} of the clips cannot be used (--max_bad_fraction): see {listed}"
+    if n_skipped >= config.max_skipped:
+        stop.code, stop.reason = 1, f"{n_skipped} updates in a row had no finite gradient (lower --lr, or --amp fp32)"
+    if record["step"] > config.warmup and (target_std < MIN_TARGET_STD or pred_std < MIN_PRED_STD):
+        collapse = f"the features have collapsed (target_std {target_std:.3f}, pred_std {pred_std:.3f})"
+        tqdm.write(f"WARNING: {collapse}")
+        if config.stop_on_collapse:
+            stop.code, stop.reason = 1, collapse
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -610,21 +745,19 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def trim_log(out_dir: Path, step: int) -> None:
-    """Drop log lines of updates that will be repeated."""
+    """Drop log lines of updates that will be repeated, and what was half-written when the run was killed."""
     path = out_dir / "log.jsonl"
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
+        write_lines(path, lines)
 
 
 def main() -> None:
     config = parse_config(PretrainConfig, PRESETS)
     try:
-        train(config)
+        sys.exit(train(config))
     except InputError as error:  # one from a loader process comes with a traceback, its own words last
         sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
-    except KeyboardInterrupt:
-        sys.exit(f"\npretrain.py: interrupted; the same command goes on from the last checkpoint in {config.out_dir}")
 
 
 if __name__ == "__main__":

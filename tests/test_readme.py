@@ -61,7 +61,7 @@ def test_flags():
     known |= {f"no-{field.name}" for field in dataclasses.fields(PretrainConfig) if field.type is bool}
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
-    assert said <= known | torchrun | {"preset", "help"}, said - known - torchrun
+    assert said <= known | torchrun | {"preset", "help", "max-restarts"}, said - known - torchrun
 
 
 def test_names_in_backquotes():
@@ -108,3 +108,9 @@ def test_the_two_setup_commands():
     assert len(setup) == 2 and all(len(block.strip().splitlines()) == 1 for block in setup)
     assert "--preset demo" in setup[0] and setup[1].strip().endswith("-m pytest -q")
     assert "grep --max-count=1 -- '-m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_promises_name_tests_that_exist():
+    promised = set(re.findall(r"`(test_\w+)`", README))
+    written = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_faults.py").read_text(), re.M))
+    assert promised == written

@@ -1,0 +1,214 @@
+"""How fast is it here? Prints a table; run by hand:
+
+    python tests/bench.py                                       base preset, one clip, and the loader: some minutes
+    python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
+    python tests/bench.py --json bench.json                     the same numbers as JSON
+
+Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate of the
+update against that of a plain matrix product in the same process, the cost of a promise against the update.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import pretrain  # noqa: E402
+from masking import visible_ids  # noqa: E402
+from model import EAT, ModelConfig, make_targets  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def median_seconds(function, runs: int = 5, warmup: int = 1) -> float:
+    """Median time of a call, the GPU's work included."""
+    times = []
+    for _ in range(warmup + runs):
+        start = time.perf_counter()
+        function()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
+
+
+def forward_flops(c: ModelConfig, tokens: int) -> float:
+    """Multiply-adds of the encoder for one sequence, times 2: projections, and attention's two products."""
+    return c.depth * (2 * tokens * (4 + 2 * c.mlp_ratio) * c.width**2 + 4 * tokens**2 * c.width)
+
+
+def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
+    """Arithmetic of one update: the teacher forward; student and decoder forward and backward (three times forward)."""
+    c, n = config.network, config.grid[0] * config.grid[1]
+    views = config.batch_size * config.clones
+    conv = c.decoder_depth * 2 * c.width * (c.width // c.decoder_groups) * c.decoder_kernel**2
+    return dict(
+        teacher=config.batch_size * forward_flops(c, n + 1),
+        student=3 * views * forward_flops(c, config.n_visible + 1),
+        decoder=3 * views * n * (conv + 2 * c.width**2),
+    )
+
+
+def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]:
+    """One update and its pieces, on noise of the right shape."""
+    dtype = pretrain.pick_precision(config.amp, DEVICE)
+    a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
+    matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)
+
+    torch.manual_seed(0)
+    student = EAT(config.network).to(DEVICE)
+    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
+    optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
+    scaler = pretrain.make_scaler(dtype, DEVICE)
+    if config.compile:
+        student.compile()
+        teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
+    waveform = torch.randn(config.batch_size, data.clip_samples(config.clip_frames), device=DEVICE)
+    n_samples = torch.full((config.batch_size,), waveform.shape[1], device=DEVICE)
+
+    def front_end():
+        return data.spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)
+
+    spec = front_end()
+    mask = pretrain.draw_masks(config, 0, DEVICE)
+    ids_keep = visible_ids(mask, config.n_visible)
+    noise = pretrain.draw_noise(config, 0, range(config.batch_size), DEVICE)
+
+    def autocast(function):
+        def run():
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32), torch.no_grad():
+                return function()
+
+        return run
+
+    tokens = autocast(lambda: student.encoder(spec, ids_keep))()
+    parts, clips = [(spec, mask, noise)], range(config.batch_size)
+    update = median_seconds(
+        lambda: pretrain.train_step(student, teacher, optimizer, scaler, parts, 1, config, dtype), runs
+    )
+    pieces = {
+        "front end": front_end,
+        "masks": lambda: pretrain.draw_masks(config, 0, DEVICE),
+        "noise": lambda: pretrain.draw_noise(config, 0, clips, DEVICE),
+        "teacher and targets": autocast(lambda: make_targets(teacher.ffn_outputs(spec))),
+        "student, forward": autocast(lambda: student.encoder(spec, ids_keep)),
+        "decoder, forward": autocast(lambda: student.decoder(tokens[:, 1:], ids_keep, noise, config.grid)),
+        "EMA": lambda: pretrain.ema_update(teacher, student.encoder, 0.9998),
+    }
+    pieces = {name: median_seconds(piece, runs) for name, piece in pieces.items()}
+    norm = torch.ones((), device=DEVICE)
+    finite = median_seconds(lambda: (~norm.isfinite()).float(), 100, 10)
+    flops = sum(update_flops(config).values())
+    with tempfile.TemporaryDirectory() as folder:
+        state = dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict())
+        save = median_seconds(lambda: pretrain.save_checkpoint(Path(folder, "last.pt"), **state), 3)
+    return {
+        "update (s)": update,
+        **{f"  {name} (s)": seconds for name, seconds in pieces.items()},
+        "clips/s": config.batch_size / update,
+        "update (TFLOP)": flops / 1e12,
+        "update (GFLOP/s)": flops / update / 1e9,
+        "matrix product 1536^3 (GFLOP/s)": matmul / 1e9,
+        "update / matrix product": flops / update / matmul,
+        "peak memory (GiB)": pretrain.peak_memory_gib(DEVICE),
+        "promise: checkpoint every --save_every, share of the update": save / config.save_every / update,
+        "promise: finite gradients, share of the update": finite / update,
+    }
+
+
+def _agree(rank: int, port: int, answer) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    stop = pretrain.Stop(2)
+    answer[rank] = median_seconds(stop.agreed, 1000, 100)
+
+
+def bench_agreement(port: int = 29_517) -> float:
+    """Time in which two processes agree whether to stop."""
+    answer = torch.zeros(2).share_memory_()
+    mp.spawn(_agree, (port, answer), nprocs=2)
+    return answer.max().item()
+
+
+def bench_loader(clips: int, workers: int) -> dict[str, float]:
+    """Clips of 10 s from flac files and from a packed folder, against decoding alone; opening two million lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        noise = torch.randn(160_000, generator=torch.Generator().manual_seed(0)) / 20
+        for i in range(clips):
+            soundfile.write(f"{folder}/{i}.flac", noise.roll(1000 * i).numpy(), 16_000)
+        lines = [folder, *(f"{i}.flac\t160000" for i in range(clips))]
+        data.write_lines(f"{folder}/m.tsv", lines)
+
+        def decode():
+            for i in range(clips):
+                soundfile.read(f"{folder}/{i}.flac", dtype="float32")
+
+        alone = clips / median_seconds(decode, 3)
+        data.pack(f"{folder}/m.tsv", f"{folder}/packed", workers)
+
+        def load(source, n_batches):
+            dataset = data.AudioDataset(source)
+            loader = iter(data.build_loader(dataset, data.ClipSampler(len(dataset), 12, seed=0), workers))
+            next(loader)  # the processes have started
+            start = time.perf_counter()
+            for _ in range(n_batches):
+                next(loader)
+            return 12 * n_batches / (time.perf_counter() - start)
+
+        files = statistics.median(load(f"{folder}/m.tsv", clips // 12) for _ in range(3))
+        packed = statistics.median(load(f"{folder}/packed", clips // 2) for _ in range(3))
+        data.write_lines(f"{folder}/big.tsv", [folder, *(f"a/folder/Y{i:011d}.flac\t160000" for i in range(2_000_000))])
+        big = median_seconds(lambda: data.AudioDataset(f"{folder}/big.tsv"), 3, 0)
+    return {
+        "decoding flac alone, one process (clips/s)": alone,
+        f"loader, flac files, {workers} workers (clips/s)": files,
+        f"loader, packed, {workers} workers (clips/s)": packed,
+        "opening 2,000,000 lines (s)": big,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="base")
+    parser.add_argument("--clips", type=int, default=1, help="clips per update")
+    parser.add_argument("--clones", type=int, default=16)
+    parser.add_argument("--amp", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args()
+
+    config = dataclasses.replace(
+        pretrain.PretrainConfig(), model=args.model, batch_size=args.clips, clones=args.clones,
+        amp=args.amp, compile=args.compile,
+    )  # fmt: skip
+    agreement = bench_agreement()
+    numbers = bench_update(config, args.runs)
+    numbers["promise: agreement on a stop, share of the update"] = agreement / numbers["update (s)"]
+    numbers |= bench_loader(240, args.workers)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{args.model}, {args.clips} clips x {args.clones} clones, {args.amp}, {device}, torch {torch.__version__}")
+    for name, value in numbers.items():
+        print(f"{name:62s} {value:12.4g}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(dict(vars(args), device=device, **numbers), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
