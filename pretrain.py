@@ -169,8 +169,11 @@ def init_distributed(timeout: float) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        # torchrun's restarts share one store, and would find the addresses of dead processes in it (pytorch#135712)
+        store, rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return int(os.environ.get("RANK", 0)), world, device
 
 

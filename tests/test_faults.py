@@ -166,9 +166,9 @@ def test_a_frozen_rank_ends_the_job(tmp_path):
 
 
 def test_torchrun_restarts_the_job_by_itself(tmp_path):
-    args = [*RUN, "--updates", 300, "--save_every", 5]
+    args = [*RUN, "--updates", 160, "--save_every", 5]
     job = Job(tmp_path, *args, "--out_dir", "cut", restarts=2)
-    for rank, step in enumerate((30, 150)):
+    for rank, step in enumerate((20, 80)):
         assert job.wait_for(lambda step=step: last_step(tmp_path / "cut") >= step)
         os.kill(job.ranks()[rank], signal.SIGKILL)
     assert job.wait() == 0
