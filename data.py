@@ -13,10 +13,11 @@ with n_samples counted at 16 kHz. The released code's `.tsv` (two fields) with a
 
 **Packed**: `00000.pcm` holds 16 kHz mono little-endian int16, clip behind clip; `00000.tsv` lists its clips in that
 order, as a manifest whose line 1 is the CRC-32 of the `.pcm`; and so on for each shard. `index.json`, written last,
-lists the shards. A clip longer than 10.24 s is stored as several.
+lists the shards.
 
-The front end (`log_mel`, `spectrogram`) needs torch only and runs on any device, on whole batches. Citations such as
-data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
+The front end (`log_mel`, `spectrogram`) runs on any device, on whole batches; only `resample` needs torchaudio, and
+only reading files needs soundfile. Citations such as data/raw_audio_dataset.py:399 point into the released code
+(github.com/cwx-worst-one/EAT at 06c1c34).
 """
 
 import argparse
@@ -28,7 +29,7 @@ import os
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,7 @@ LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
-CLIPS_PER_SHARD = 2048  # about 640 MiB of 10 s clips
+SHARD_SAMPLES = 2**29  # a shard is full at 1 GiB
 
 
 class InputError(ValueError):
@@ -132,25 +133,7 @@ def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = 
     (the released code resamples along the channel axis, raw_audio_dataset.py:388-396).
     Raises InputError if the file is missing, unreadable, empty, not finite or silent.
     """
-    import soundfile
-
-    if not os.path.isfile(path):
-        raise InputError("no such file")
-    try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
-            rate = file.samplerate
-            if not (1_000 <= rate <= 768_000 and file.channels <= 64):
-                raise InputError(f"implausible format: {rate} Hz, {file.channels} channels")
-            first = start * rate // SAMPLE_RATE
-            if first >= file.frames:
-                raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
-            file.seek(first)
-            margin = 64 * max(1, rate // SAMPLE_RATE)  # past the end, for the resampling filter
-            count = -1 if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE) + margin
-            waveform = torch.from_numpy(file.read(count, dtype="float32", always_2d=True)).mean(1)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"unreadable: {str(error).splitlines()[0]}") from None
-    waveform = resample(waveform, rate)[:n_samples]
+    waveform = _decode(path, start, n_samples)
     if len(waveform) < FRAME_LENGTH:
         raise InputError(f"too short: {len(waveform)} samples at 16 kHz, a frame needs {FRAME_LENGTH}")
     peak = waveform.abs().max().item()
@@ -159,6 +142,40 @@ def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = 
     if peak < SILENCE:
         raise InputError("silent")
     return waveform
+
+
+def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tensor:
+    import soundfile
+
+    if not os.path.isfile(path):
+        raise InputError("no such file")
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            rate, n_channels = file.samplerate, file.channels
+            if not (1_000 <= rate <= 768_000 and n_channels <= 64):
+                raise InputError(f"implausible format: {rate} Hz, {n_channels} channels")
+            context = min(start, FRAME_SHIFT)  # read a little more on both sides for the resampling filter
+            first = (start - context) * rate // SAMPLE_RATE
+            if start * rate // SAMPLE_RATE >= file.frames:
+                raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
+            file.seek(first)
+            last = file.frames
+            if n_samples is not None:
+                last = min(last, math.ceil((start + n_samples + FRAME_SHIFT) * rate / SAMPLE_RATE))
+            samples = file.read(last - first, dtype="float32", always_2d=True)               # (frames, channels)
+    except InputError:
+        raise
+    except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
+        raise InputError(f"unreadable: {first_line(error)}") from None
+    if samples.size == 0:
+        raise InputError("unreadable: nothing could be decoded")
+    waveform = resample(torch.from_numpy(samples).mean(1), rate)[context:]
+    return waveform[:n_samples]
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def resample(waveform: Tensor, rate: int) -> Tensor:
@@ -252,9 +269,9 @@ class Clip(NamedTuple):
 class AudioDataset(Dataset):
     """The clips of a manifest or a packed folder, each cut into pieces of at most `n_frames` frames.
 
-    A clip twice as long as n_frames or longer gives several items, so that hour-long recordings are used in full; the
-    remainder is left out, as the released code leaves out all but the first n_frames. With `segments=False` only that
-    first piece is used. An item that cannot be read is replaced by the next that can, always the same one.
+    A clip twice as long as n_frames or longer gives several items, so that hour-long recordings are used to the last
+    piece that is full; the released code uses only the first n_frames, as `segments=False` does here. An item that
+    cannot be read is replaced by the next that can, always the same one.
 
     Raises InputError if nothing usable is listed.
     """
@@ -321,12 +338,13 @@ class AudioDataset(Dataset):
 
     def __getitem__(self, item: int) -> Clip:
         problem = ""
-        for stand_in in range(item, item + 100):
+        tries = min(len(self), 100)
+        for stand_in in range(item, item + tries):
             try:
                 return Clip(self.read(stand_in % len(self)), item, problem)
             except InputError as error:
                 problem = problem or str(error)
-        raise InputError(f"{self.name(item)}: {problem}, and so on for the 99 clips after it: is the data still there?")
+        raise InputError(f"{self.name(item)} and the {tries - 1} after it: {problem}. Is the data still there?")
 
 
 def _open_packed(folder: str) -> list[Manifest]:
@@ -429,24 +447,24 @@ def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool 
 
 
 class _Reader(Dataset):
-    """The items of an AudioDataset without stand-ins: (item, waveform or None, problem)."""
+    """Whole files, or the items of an AudioDataset, without stand-ins: (index, waveform or None, problem)."""
 
-    def __init__(self, dataset: AudioDataset, items: Iterable[int]):
-        self.dataset, self.items = dataset, list(items)
+    def __init__(self, read: Callable[[int], Tensor], indices: Iterable[int]):
+        self.read, self.indices = read, list(indices)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str]:
         try:
-            return self.items[i], self.dataset.read(self.items[i]), ""
+            return self.indices[i], self.read(self.indices[i]), ""
         except InputError as error:
-            return self.items[i], None, str(error)
+            return self.indices[i], None, str(error)
 
 
-def read_all(dataset: AudioDataset, items: Iterable[int], workers: int) -> DataLoader:
-    """Iterates over (item, waveform or None, problem) in order, `workers` processes ahead."""
-    return DataLoader(_Reader(dataset, items), batch_size=None, num_workers=workers)
+def read_all(read: Callable[[int], Tensor], indices: Iterable[int], workers: int) -> DataLoader:
+    """Iterates over (index, waveform or None, problem) in order, `workers` processes ahead."""
+    return DataLoader(_Reader(read, indices), batch_size=None, num_workers=workers)
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
@@ -470,14 +488,15 @@ def scan(folder: str, output: str) -> None:
             info = soundfile.info(os.fspath(path))
             n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
             return name, n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
-        except (soundfile.SoundFileError, OSError, ValueError) as error:
-            return name, 0, str(error).splitlines()[0]
+        except Exception as error:  # whatever libsndfile makes of a damaged file
+            return name, 0, first_line(error)
 
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder")
     if os.path.exists(output):
         raise InputError(f"{output} exists: remove it or choose another name")
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
@@ -490,7 +509,8 @@ def scan(folder: str, output: str) -> None:
     write_lines(output, [os.path.abspath(folder), *(f"{name}\t{n_samples}" for name, n_samples, _ in good)])
     hours = sum(n_samples for _, n_samples, _ in good) / SAMPLE_RATE / 3600
     left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
-    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}")
+    others = f"; {len(files) - len(paths)} files of other kinds" if len(files) > len(paths) else ""
+    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}{others}")
 
 
 def stats(source: str, max_clips: int, workers: int) -> tuple[float, float]:
@@ -498,7 +518,7 @@ def stats(source: str, max_clips: int, workers: int) -> tuple[float, float]:
     dataset = AudioDataset(source)
     items = torch.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).long().tolist()
     total, total_square, count, n_bad = 0.0, 0.0, 0, 0
-    for _, waveform, problem in tqdm(read_all(dataset, items, workers), desc="stats", unit="clip"):
+    for _, waveform, problem in tqdm(read_all(dataset.read, items, workers), desc="stats", unit="clip"):
         if problem:
             n_bad += 1
             continue
@@ -519,24 +539,25 @@ def pack(source: str, folder: str, workers: int) -> None:
     checksum. Clips that cannot be used are left out and listed in `bad_files.tsv`.
     Raises InputError if the folder was packed from another manifest, or if a shard fails its check.
     """
-    dataset, target = AudioDataset(source), Path(folder)
-    digest = hashlib.sha256(b"".join(shard.text.numpy().tobytes() for shard in dataset.shards)).hexdigest()
-    plan = dict(sample_rate=SAMPLE_RATE, clips_per_shard=CLIPS_PER_SHARD, items=len(dataset), manifest=digest)
+    manifest, target = Manifest(source), Path(folder)
+    digest = hashlib.sha256(manifest.text.numpy().tobytes()).hexdigest()
+    plan = dict(sample_rate=SAMPLE_RATE, shard_samples=SHARD_SAMPLES, clips=len(manifest), manifest=digest)
     target.mkdir(parents=True, exist_ok=True)
     plan_path, index_path = target / "plan.json", target / "index.json"
     if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
         raise InputError(f"{folder} was packed from another manifest or by another version: choose an empty folder")
     write_lines(plan_path, [json.dumps(plan)])
 
-    names = [f"{k:05d}" for k in range(math.ceil(len(dataset) / CLIPS_PER_SHARD))]
-    progress = tqdm(total=len(dataset), desc="pack", unit="clip")
-    for k, name in enumerate(names):
-        items = range(k * CLIPS_PER_SHARD, min((k + 1) * CLIPS_PER_SHARD, len(dataset)))
-        if not (target / f"{name}.tsv").exists():
-            _pack_shard(dataset, items, target / name, workers, progress)
-        else:
-            progress.update(len(items))
-    progress.close()
+    shard_of = (manifest.n_samples.cumsum(0) - manifest.n_samples) // SHARD_SAMPLES  # by what the manifest says
+    names, first = [], 0
+    with tqdm(total=len(manifest), desc="pack", unit="clip") as progress:
+        for count in shard_of.unique_consecutive(return_counts=True)[1].tolist():
+            names.append(f"{len(names):05d}")
+            if (target / f"{names[-1]}.tsv").exists():
+                progress.update(count)
+            else:
+                _pack_shard(manifest, range(first, first + count), target / names[-1], workers, progress)
+            first += count
 
     for name in tqdm(names, desc="check", unit="shard"):
         with open(target / f"{name}.tsv") as file:
@@ -544,33 +565,53 @@ def pack(source: str, folder: str, workers: int) -> None:
         if not (target / f"{name}.pcm").exists() or _crc(target / f"{name}.pcm") != expected:
             raise InputError(f"{target / name}.pcm does not match its checksum: remove {name}.tsv and run pack again")
     names = [name for name in names if (target / f"{name}.pcm").stat().st_size]  # a shard of bad files is empty
+    if not names:
+        raise InputError(f"no clip of {source} can be read: see {target}/*.bad")
     bad = [line for path in sorted(target.glob("*.bad")) for line in path.read_text().splitlines()]
     if bad:
         write_lines(target / "bad_files.tsv", bad)
     write_lines(index_path, [json.dumps(dict(plan, shards=names))])
     left_out = f"; {len(bad)} left out, listed in {target / 'bad_files.tsv'}" if bad else ""
-    print(f"{folder}: {len(dataset) - len(bad)} clips in {len(names)} shards{left_out}")
+    print(f"{folder}: {len(manifest) - len(bad)} clips, shards: {len(names)}{left_out}")
 
 
-def _pack_shard(dataset: AudioDataset, items: range, stem: Path, workers: int, progress: tqdm) -> None:
-    lines, bad = [], []
+def _pack_shard(manifest: Manifest, lines: range, stem: Path, workers: int, progress: tqdm) -> None:
+    good, bad = [], []
     with open(f"{stem}.pcm", "wb") as file:
-        for item, waveform, problem in read_all(dataset, items, workers):
+        for i, waveform, problem in read_all(functools.partial(_read_int16, manifest), lines, workers):
             progress.update()
             if problem:
-                bad.append(f"{dataset.name(item)}\t{problem}")
+                bad.append(f"{manifest.name(i)}\t{problem}")
                 continue
-            if waveform.is_floating_point():
-                waveform = (waveform * 32768).round().clamp(-32768, 32767).to(torch.int16)
             file.write(waveform.numpy().astype("<i2").tobytes())
-            shard, line, _ = dataset.locate(item)
-            name, labels = dataset.shards[shard].fields(line)[0], ",".join(dataset.labels(item))
-            lines.append("\t".join([name, str(len(waveform)), labels][: 3 if labels else 2]))
+            labels = ",".join(manifest.labels(i))
+            good.append("\t".join([manifest.name(i), str(len(waveform)), labels][: 3 if labels else 2]))
         file.flush()
         os.fsync(file.fileno())
     if bad:
         write_lines(f"{stem}.bad", bad)
-    write_lines(f"{stem}.tsv", [_crc(Path(f"{stem}.pcm")), *lines])  # its presence says that the shard is complete
+    write_lines(f"{stem}.tsv", [_crc(Path(f"{stem}.pcm")), *good])  # its presence says that the shard is complete
+
+
+def _read_int16(manifest: Manifest, i: int) -> Tensor:
+    """A whole file as int16, decoded piece by piece: an hour takes no more memory than it has samples."""
+    path, pieces = manifest.path(i), []
+    while not pieces or len(pieces[-1]) == CLIP_FRAMES * FRAME_SHIFT:
+        try:
+            piece = _decode(path, len(pieces) * CLIP_FRAMES * FRAME_SHIFT, CLIP_FRAMES * FRAME_SHIFT)
+        except InputError:
+            if pieces:  # the file ends with a full piece
+                break
+            raise
+        if not piece.isfinite().all():
+            raise InputError("contains NaN or infinity")
+        pieces.append((piece * 32768).round().clamp(-32768, 32767).to(torch.int16))
+    waveform = torch.cat(pieces)
+    if len(waveform) < FRAME_LENGTH:
+        raise InputError(f"too short: {len(waveform)} samples at 16 kHz, a frame needs {FRAME_LENGTH}")
+    if not waveform.any():
+        raise InputError("silent")
+    return waveform
 
 
 def _crc(path: Path) -> str:
@@ -602,6 +643,8 @@ def main() -> None:
         dict(scan=scan, stats=stats, pack=pack)[args.pop("command")](**args)
     except (InputError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; pack goes on where it was, the others begin anew")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import AudioDataset, Batch, ClipSampler, InputError, build_loader, collate, seed_of, spectrogram, write_lines
+from data import (
+    AudioDataset,
+    Batch,
+    ClipSampler,
+    InputError,
+    build_loader,
+    collate,
+    first_line,
+    seed_of,
+    spectrogram,
+    write_lines,
+)
 from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
 from model import EAT, MODELS, Encoder, ModelConfig, make_targets
 
@@ -52,7 +63,7 @@ class PretrainConfig:
 
     data: str = ""  # manifest (.tsv) or packed folder to train on
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
-    model: str = "base"  # row of model.MODELS
+    model: str = "base"  # base (ViT-B), large (ViT-L), small, demo or tiny: rows of model.MODELS
     clip_frames: int = 1024  # frames of 10 ms per clip; shorter clips are padded
     norm_mean: float = -4.268  # of the log-mel values (AudioSet); python data.py stats prints yours
     norm_std: float = 4.569  # likewise; values are divided by twice this
@@ -134,7 +145,7 @@ MAY_CHANGE = set(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run plumbing, explained here once; finetune.py imports it
+# Run plumbing
 
 
 def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -219,11 +230,6 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # whatever zipfile, pickle and torch make of bytes that are not theirs
         raise InputError(f"cannot read {path}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log(out_dir: Path, record: dict) -> None:
@@ -612,7 +618,8 @@ def train(config: PretrainConfig) -> int:
         state = load_checkpoint(out_dir / checkpoint)
         start = state["step"]
         if state["n_items"] != len(dataset):
-            raise InputError(f"{config.data} has {len(dataset)} clips, the run in {out_dir} has {state['n_items']}")
+            pieces = f"{len(dataset)} pieces, those that the run in {out_dir} began with {state['n_items']}"
+            raise InputError(f"the clips of {config.data} make {pieces}: give it the same clips")
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
@@ -621,8 +628,11 @@ def train(config: PretrainConfig) -> int:
         trim_log(out_dir, start)
         n_parameters = sum(p.numel() for p in student.parameters())
         begin = f"resuming at update {start}" if start else "starting"
-        print(f"{begin} in {out_dir}: {config.model}, {n_parameters:,} parameters, {len(dataset):,} clips", end=" ")
-        print(f"({len(dataset.too_short)} too short), {world} x {device.type}, {str(amp_dtype).removeprefix('torch.')}")
+        print(f"{begin} in {out_dir}: {config.model}, {n_parameters:,} parameters", end=", ")
+        print(f"{len(dataset.clips):,} clips in {len(dataset):,} pieces, {world} x {device.type}", end=", ")
+        print(str(amp_dtype).removeprefix("torch."))
+        if config.warmup >= config.updates:
+            print(f"WARNING: --warmup {config.warmup} takes longer than the run: the learning rate only rises")
 
     # Data: the stream of clips from update `start` on
     stop = Stop(world)
@@ -697,8 +707,7 @@ def train(config: PretrainConfig) -> int:
     elif is_main:
         print(f"done: {config.updates} updates; weights in {out_dir / 'last.pt'}, curves in {out_dir / 'log.jsonl'}")
         if Path(config.data).parent == DEMO:
-            print("next, on your own audio:  python data.py scan FOLDER -o train.tsv")
-            print("                          python pretrain.py --data train.tsv")
+            print("next: python data.py scan FOLDER -o train.tsv, and on with 'Your own audio' in README.md")
     if world > 1:
         dist.destroy_process_group()
     return code
@@ -759,6 +768,8 @@ def main() -> None:
     config = parse_config(PretrainConfig, PRESETS)
     try:
         sys.exit(train(config))
+    except KeyboardInterrupt:  # before the first update; later ones are handled by Stop
+        sys.exit(130)
     except InputError as error:  # one from a loader process comes with a traceback, its own words last
         sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
 
