@@ -59,6 +59,10 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message says what and how to mend it, in one line."""
 
 
+class PastEnd(InputError):
+    """A file ends before the part of it that was asked for."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Front end: waveform -> normalised log-mel spectrogram
 
@@ -157,7 +161,7 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
             context = min(start, FRAME_SHIFT)  # read a little more on both sides for the resampling filter
             first = (start - context) * rate // SAMPLE_RATE
             if start * rate // SAMPLE_RATE >= file.frames:
-                raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
+                raise PastEnd(f"has no sound at {start / SAMPLE_RATE:.2f} s")
             file.seek(first)
             last = file.frames
             if n_samples is not None:
@@ -299,6 +303,13 @@ class AudioDataset(Dataset):
     def __len__(self) -> int:
         return int(self.last_item[-1])
 
+    def digest(self) -> str:
+        """Hash of what is listed, wherever it lies."""
+        total = hashlib.sha256()
+        for shard in self.shards:
+            total.update(shard.text[int(shard.begins[0]) :].numpy().tobytes())
+        return total.hexdigest()
+
     def locate(self, item: int) -> tuple[int, int, int]:
         """Where an item lies: number of the manifest (one a shard), line in it, piece of that clip."""
         clip = int(torch.searchsorted(self.last_item, item, right=True))
@@ -330,7 +341,12 @@ class AudioDataset(Dataset):
         shard, line, piece = self.locate(item)
         manifest, start, n_samples = self.shards[shard], piece * self.hop, clip_samples(self.n_frames)
         if not self.is_packed:
-            return load_audio(manifest.path(line), start, n_samples)
+            try:
+                return load_audio(manifest.path(line), start, n_samples)
+            except PastEnd:  # the manifest counts another rate's samples, as released ones do, or the file has changed
+                if start == 0:
+                    raise
+                return load_audio(manifest.path(line), 0, n_samples)
         n_samples = min(n_samples, int(manifest.n_samples[line]) - start)
         offset = 2 * (int(self.offsets[shard][line]) + start)
         pcm = np.memmap(manifest.pcm, "<i2", mode="r", offset=offset, shape=n_samples)
@@ -436,7 +452,7 @@ def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool 
         dataset,
         batch_sampler=batches,
         collate_fn=functools.partial(collate, n_frames=dataset.n_frames),
-        num_workers=min(workers, len(os.sched_getaffinity(0))),
+        num_workers=min(workers, os.cpu_count()),
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
@@ -599,10 +615,10 @@ def _read_int16(manifest: Manifest, i: int) -> Tensor:
     while not pieces or len(pieces[-1]) == CLIP_FRAMES * FRAME_SHIFT:
         try:
             piece = _decode(path, len(pieces) * CLIP_FRAMES * FRAME_SHIFT, CLIP_FRAMES * FRAME_SHIFT)
-        except InputError:
-            if pieces:  # the file ends with a full piece
-                break
-            raise
+        except PastEnd:
+            if not pieces:
+                raise
+            break  # the file ends with a full piece
         if not piece.isfinite().all():
             raise InputError("contains NaN or infinity")
         pieces.append((piece * 32768).round().clamp(-32768, 32767).to(torch.int16))

@@ -54,9 +54,9 @@ def inverse_block_mask(
     """
     (H, W), (h, w) = grid, block
     n_visible = _checked_count(grid, mask_ratio)
-    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w)))  # 5 at the base setting, 7 at the large one
     if not (0 < h <= H and 0 < w <= W):
         raise ValueError(f"a {h} x {w} block does not fit a {H} x {W} grid of patches: choose a smaller block")
+    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w)))  # 5 at the base setting, 7 at the large one
     if n_blocks < 1:
         raise ValueError(
             f"a {h} x {w} block is too large for a {H} x {W} grid at mask ratio {mask_ratio} (not one would be drawn): "
@@ -129,7 +129,7 @@ def put(tokens: Tensor, ids_keep: Tensor, fill: Tensor) -> Tensor:
 
 
 def _checked_count(grid: tuple[int, int], mask_ratio: float) -> int:
-    n_visible = count_visible(grid[0] * grid[1], mask_ratio)
+    n_visible = count_visible(grid[0] * grid[1], mask_ratio) if 0 < mask_ratio < 1 else 0
     if not 0 < n_visible < grid[0] * grid[1]:
         raise ValueError(f"mask ratio {mask_ratio} of {grid[0]} x {grid[1]} patches leaves {n_visible} visible")
     return n_visible

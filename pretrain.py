@@ -42,6 +42,7 @@ from tqdm import tqdm
 from data import (
     AudioDataset,
     Batch,
+    Clip,
     ClipSampler,
     InputError,
     build_loader,
@@ -52,7 +53,7 @@ from data import (
     write_lines,
 )
 from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
-from model import EAT, MODELS, Encoder, ModelConfig, make_targets
+from model import EAT, MAX_PATCH_ROWS, MODELS, Encoder, ModelConfig, make_targets
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
 
@@ -92,7 +93,7 @@ class PretrainConfig:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.05  # AdamW
-    decay_all: bool = True  # decay biases and norms too, as the released code does; off: matrices and kernels only
+    decay_all: bool = True  # decay biases and norms too, as the released code does; off: spare what is 1-D
     clip_norm: float = 4.0  # largest gradient norm (released code)
 
     amp: str = "auto"  # bf16, fp16 or fp32; auto: bf16 or else fp16 on a GPU, fp32 on a CPU
@@ -138,7 +139,7 @@ PRESETS = {
 }  # fmt: skip
 
 # What may change when a run is continued; everything else would make it another experiment.
-MAY_CHANGE = set(
+MAY_CHANGE = set(  # data: the path may, the clips may not
     "data out_dir accumulate compile workers log_every save_every probe_train probe_test probe_every "
     "max_bad_fraction max_skipped stop_on_collapse timeout".split()
 )
@@ -385,13 +386,26 @@ def extract_features(
 ) -> tuple[Tensor, list[str]]:
     """CLS token and mean patch token of each labelled clip, (n, 2D) fp32 on the CPU, and the clips' labels."""
     dataset, labels = open_labelled(manifest, config)
-    features = []
+    features, kept, n_bad = [], [], 0
     for items in tqdm(torch.arange(len(dataset)).split(32), desc="probe", leave=False, disable=None):
-        batch = collate([dataset[i] for i in items.tolist()], config.clip_frames)
+        clips = []
+        for i in items.tolist():
+            try:
+                clips.append(Clip(dataset.read(i), i, ""))
+            except InputError:
+                n_bad += 1
+        if not clips:
+            continue
+        kept += [labels[clip.index] for clip in clips]
+        batch = collate(clips, config.clip_frames)
         spec = spectrogram(batch.waveform.to(device), batch.n_samples.to(device), config.norm_mean, config.norm_std)
         tokens = encoder(spec)                                                              # (32, 1+N, D)
         features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).cpu())      # (32, 2D)
-    return torch.cat(features), labels
+    if n_bad:
+        tqdm.write(f"WARNING: {n_bad} clips of {manifest} cannot be used, the probe does without them")
+    if not features:
+        raise InputError(f"{manifest}: none of its clips can be used")
+    return torch.cat(features), kept
 
 
 def linear_probe(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]], decay: float = 1e-2) -> float:
@@ -430,6 +444,12 @@ def check_config(config: PretrainConfig, world: int) -> None:
     for name in positive.split():
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, not {value}")
+    for name in ("beta1", "beta2", "ema_decay", "ema_decay_end"):
+        if not 0 <= getattr(config, name) <= 1 or (name.startswith("beta") and getattr(config, name) == 1):
+            raise InputError(f"--{name} must lie between 0 and 1, not {getattr(config, name)}")
     for name in ("warmup", "seed", "workers", "probe_every", "min_samples"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} must not be negative, got {getattr(config, name)}")
@@ -437,6 +457,8 @@ def check_config(config: PretrainConfig, world: int) -> None:
     for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
             raise InputError(f"--{name} {getattr(config, name)}: choose from {', '.join(choices)}")
+    if config.grid[0] > MAX_PATCH_ROWS:
+        raise InputError(f"--clip_frames {config.clip_frames}: at most {MAX_PATCH_ROWS * config.network.patch_size}")
     if not config.data:
         raise InputError("--data is missing: a manifest (python data.py scan makes one) or a packed folder")
     if not 0 <= config.target_layers <= config.network.depth:
@@ -452,7 +474,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
         raise InputError(f"--mask: {error}") from None
 
 
-def open_run(config: PretrainConfig) -> IO:
+def open_run(config: PretrainConfig, data_digest: str) -> IO:
     """Make the run folder, or make sure that it belongs to these settings; returns a lock to hold during the run.
 
     The lock ends with its process, however that ends. Raises InputError if the folder is in use or is another run's.
@@ -466,11 +488,12 @@ def open_run(config: PretrainConfig) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"another process is running in {out_dir}: wait for it or choose another --out_dir") from None
+    new = asdict(config) | dict(data_digest=data_digest)
     if not (out_dir / "config.json").exists():
-        write_lines(out_dir / "config.json", [json.dumps(asdict(config), indent=1)])
+        write_lines(out_dir / "config.json", [json.dumps(new, indent=1)])
         return lock
     try:
-        old, new = json.loads((out_dir / "config.json").read_text()), asdict(config)
+        old = json.loads((out_dir / "config.json").read_text())
         changed = [k for k in new.keys() | old.keys() if k not in MAY_CHANGE and old.get(k) != new.get(k)]
     except (ValueError, AttributeError):
         raise InputError(f"{out_dir / 'config.json'} is damaged: restore it or choose another --out_dir") from None
@@ -514,31 +537,42 @@ def make_scaler(amp_dtype: torch.dtype, device: torch.device) -> torch.amp.GradS
 
 
 def prepare(config: PretrainConfig, rank: int, world: int) -> tuple[AudioDataset, str | None, IO | None]:
-    """Check settings, data and run folder on all processes: (data, checkpoint to resume, lock of the run folder).
+    """Check settings and data, then open the run folder: (data, checkpoint to resume, lock of the run folder).
 
-    Ends all processes, with one line, if anything is wrong.
+    Ends all processes, with one line, if anything is wrong on any of them.
     """
-    error, dataset, checkpoint, lock = None, None, None, None
+    dataset, checkpoint, lock, error = None, None, None, ""
     try:
         check_config(config, world)
         dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
         for path in filter(None, (config.probe_train, config.probe_test)):
             open_labelled(path, config)
+    except (InputError, OSError) as problem:
+        error = str(problem)
+    end_together(error, rank, world)
+    try:
         if rank == 0:
-            lock = open_run(config)
+            lock = open_run(config, dataset.digest())
             checkpoint = newest_checkpoint(Path(config.out_dir))
     except (InputError, OSError) as problem:
         error = str(problem)
-    answers = [(error, checkpoint)]
+    end_together(error, rank, world)
+    chosen = [checkpoint]
     if world > 1:
-        answers = [None] * world
-        dist.all_gather_object(answers, (error, checkpoint))
-    errors = [error for error, _ in answers if error]
-    if errors:
+        dist.broadcast_object_list(chosen)
+    return dataset, chosen[0], lock
+
+
+def end_together(error: str, rank: int, world: int) -> None:
+    """End all processes if one has an error to report; rank 0 prints the first."""
+    errors = [error]
+    if world > 1:
+        errors = [""] * world
+        dist.all_gather_object(errors, error)
+    if any(errors):
         if rank == 0:
-            print(f"pretrain.py: {errors[0]}", file=sys.stderr)
+            print(f"pretrain.py: {next(filter(None, errors))}", file=sys.stderr)
         sys.exit(2)
-    return dataset, answers[0][1], lock
 
 
 class Stop:
@@ -598,6 +632,7 @@ def read_bad_files(path: Path) -> set[str]:
 
 def train(config: PretrainConfig) -> int:
     """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
+    torch.backends.cudnn.allow_tf32 = False  # --amp fp32 means fp32, in convolutions too
     rank, world, device = init_distributed(config.timeout)
     dataset, checkpoint, _lock = prepare(config, rank, world)
     out_dir, is_main = Path(config.out_dir), rank == 0
@@ -617,13 +652,11 @@ def train(config: PretrainConfig) -> int:
     if checkpoint is not None:
         state = load_checkpoint(out_dir / checkpoint)
         start = state["step"]
-        if state["n_items"] != len(dataset):
-            pieces = f"{len(dataset)} pieces, those that the run in {out_dir} began with {state['n_items']}"
-            raise InputError(f"the clips of {config.data} make {pieces}: give it the same clips")
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        del state
     if is_main:
         trim_log(out_dir, start)
         n_parameters = sum(p.numel() for p in student.parameters())
@@ -652,11 +685,12 @@ def train(config: PretrainConfig) -> int:
     def run_probe(step: int) -> None:
         if is_main and config.probe_train:
             log(out_dir, dict(step=step, probe_accuracy=probe(student.encoder, config, device)))
+        stop.agreed()  # the others wait here, where their patience is longest
 
     def save(step: int) -> None:
         state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
         state = {name: part.state_dict() for name, part in state.items()}
-        plain = dict(step=step, config=asdict(config), network=asdict(config.network), n_items=len(dataset))
+        plain = dict(step=step, config=asdict(config), network=asdict(config.network))
         save_checkpoint(out_dir / "last.pt", **plain, **state)
 
     if not start:
@@ -683,10 +717,12 @@ def train(config: PretrainConfig) -> int:
             )  # fmt: skip
             if is_main:
                 log(out_dir, record)
-                progress.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "lr", "clips_per_s")})
+                progress.set_postfix({k: record[k] for k in ("loss", "lr", "clips_per_s")})
                 check_health(stop, record, n_skipped, bad_fraction, config)
             history, clock, feed.waited = [], time.perf_counter(), 0.0
 
+        if is_last or (config.probe_every and step % config.probe_every == 0):
+            run_probe(step)
         code = stop.agreed()
         if is_main and (step % config.save_every == 0 or is_last or code > 128):
             try:
@@ -698,8 +734,6 @@ def train(config: PretrainConfig) -> int:
                 tqdm.write(f"WARNING: {message}; the run goes on")
         if code:
             break
-        if is_last or (config.probe_every and step % config.probe_every == 0):
-            run_probe(step)
 
     progress.close()
     if is_main and code:
@@ -723,7 +757,8 @@ def summarize(history: list[Tensor], feed: Feed, world: int) -> tuple[dict[str, 
     good = rows[rows.isfinite().all(1)] / world
     names = ("loss", "loss_frame", "loss_utterance", "grad_norm")
     n_bad, n_read = clips.tolist()
-    return dict(zip(names, good.mean(0).tolist())), len(rows) - len(good), n_bad / n_read if n_read >= 100 else 0.0
+    means = good.mean(0).tolist() if len(good) else [None] * len(names)
+    return dict(zip(names, means)), len(rows) - len(good), n_bad / n_read if n_read >= 100 else 0.0
 
 
 def spread(out: dict[str, Tensor], clones: int) -> dict[str, float]:
@@ -753,7 +788,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held: on the GPU, or resident if there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def trim_log(out_dir: Path, step: int) -> None:

@@ -253,6 +253,22 @@ def test_a_vanished_folder_ends_the_run(tmp_path):
         AudioDataset(tmp_path / "m.tsv")[0]
 
 
+def test_counts_of_another_rate_do_not_make_bad_files(tmp_path):
+    """Released manifests count a file's own samples: at 48 kHz, 10 s look like 30 s at 16 kHz."""
+    soundfile.write(tmp_path / "x.wav", tone(48_000 * 8, 48_000).numpy(), 48_000)
+    (tmp_path / "m.tsv").write_text(f"{tmp_path}\nx.wav\t{48_000 * 8}\n")
+    dataset = AudioDataset(tmp_path / "m.tsv")
+    assert len(dataset) == 2 and not dataset[1].problem and torch.equal(dataset[1].waveform, dataset[0].waveform)
+
+
+def test_the_data_is_known_by_what_is_listed(folder):
+    text = (folder / "manifest.tsv").read_text()
+    (folder / "moved.tsv").write_text("." + text[text.index("\n") :])
+    (folder / "other.tsv").write_text(text.replace("clip 3", "clip 4"))
+    digests = [AudioDataset(folder / name).digest() for name in ("manifest.tsv", "moved.tsv", "other.tsv")]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_short_clips_are_left_out(folder):
     dataset = AudioDataset(folder / "manifest.tsv", min_samples=12_000)
     assert len(dataset) == 5 and dataset.name(0) == "clip 3.wav"

@@ -16,6 +16,7 @@ from masking import (
     take,
     visible_ids,
 )
+from model import EAT, MODELS
 
 GOLDEN = Path(__file__).parent / "golden" / "masks.npz"
 SETTINGS = {"base": dict(mask_ratio=0.8, adjust=0.07), "large": dict(mask_ratio=0.75, adjust=0.1)}
@@ -116,6 +117,24 @@ def test_same_generator_same_masks():
         assert not torch.equal(draw(9, generator=seeded(1)), draw(9, generator=seeded(2)))
 
 
+def test_the_model_takes_and_puts_the_same():
+    """Encoder and decoder index flat, which is faster; the result is that of take and put."""
+    torch.manual_seed(0)
+    eat, spec = EAT(MODELS["tiny"]), torch.randn(2, 1, 64, 128)
+    mask = random_mask(6, grid=(4, 8), generator=seeded())
+    ids_keep = visible_ids(mask, count_visible(32, 0.8))
+    with torch.no_grad():
+        patches = eat.encoder.patch_embed(spec).flatten(2).transpose(1, 2) + eat.encoder.pos_embed[:32]
+        taken = take(patches.repeat_interleave(3, dim=0), ids_keep)
+        expected = eat.encoder.norm_pre(torch.cat([eat.encoder.cls_token.expand(6, -1, -1), taken], dim=1))
+        torch.testing.assert_close(eat.encoder.embed(spec, ids_keep), expected)
+        noise = torch.randn(6, 32, 64)
+        grid = put(taken, ids_keep, noise)
+        everything = torch.arange(32).expand(6, -1)
+        ours = eat.decoder(taken, ids_keep, noise, (4, 8))
+        torch.testing.assert_close(ours, eat.decoder(grid, everything, torch.zeros_like(noise), (4, 8)))
+
+
 def test_take_and_put_are_inverse():
     mask = inverse_block_mask(6, generator=seeded())
     ids_keep = visible_ids(mask, 102)
@@ -130,8 +149,10 @@ def test_take_and_put_are_inverse():
     [
         (dict(grid=(8, 8), block=(9, 3)), "does not fit"),
         (dict(grid=(8, 8), block=(5, 5)), "choose a smaller block"),
+        (dict(block=(0, 5)), "does not fit"),
         (dict(mask_ratio=1.0), "leaves 0 visible"),
-        (dict(mask_ratio=0.0), "leaves 512 visible"),
+        (dict(mask_ratio=0.0), "leaves 0 visible"),
+        (dict(mask_ratio=float("nan")), "leaves 0 visible"),
     ],
 )
 def test_impossible_masks_are_refused(kwargs, message):

@@ -158,6 +158,11 @@ def test_wrong_flags_are_one_line(capsys, argv):
         (dict(target_layers=13), "12 blocks"),
         (dict(probe_train="x"), "go together"),
         (dict(seed=-1), "negative"),
+        (dict(lr=math.nan), "finite"),
+        (dict(beta1=2.0), "between 0 and 1"),
+        (dict(clip_frames=20_000), "at most 12288"),
+        (dict(clip_frames=8), "visible"),
+        (dict(mask_block_time=0), "does not fit"),
     ],
 )
 def test_settings_that_cannot_work(change, message):

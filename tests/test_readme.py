@@ -65,7 +65,7 @@ def test_flags():
 
 
 def test_names_in_backquotes():
-    """Each `name` that stands with a function's or class's look is one."""
+    """The functions that the tour of an update names are there."""
     source = "".join((ROOT / f"{name}.py").read_text() for name in GRAPH)
     for name in "train_step make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram".split():
         assert f"`{name}`" in README and f"def {name}(" in source
