@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import zlib
 from array import array
@@ -446,6 +447,12 @@ def collate(clips: list[Clip], n_frames: int) -> Batch:
     return Batch(waveform, n_samples, [(clip.index, clip.problem) for clip in clips if clip.problem])
 
 
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Loader processes end with their parent; a signal to the whole group must not end them before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool = False) -> DataLoader:
     """Loads the given batches (lists of items) in order, read ahead by `workers` processes, one a core at most."""
     return DataLoader(
@@ -454,6 +461,7 @@ def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool 
         collate_fn=functools.partial(collate, n_frames=dataset.n_frames),
         num_workers=min(workers, os.cpu_count()),
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
         prefetch_factor=4 if workers else None,
     )
 

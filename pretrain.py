@@ -504,20 +504,24 @@ def open_run(config: PretrainConfig, data_digest: str) -> IO:
 
 
 def newest_checkpoint(out_dir: Path) -> str | None:
-    """Name of the newest checkpoint that can be read, None if there is none; a damaged one is put aside.
+    """Name of the newest checkpoint that can be read, None if there is none; a damaged last.pt is put aside.
 
     Raises InputError if there are checkpoints, but none can be read.
     """
-    found = [path for path in (out_dir / "last.pt", out_dir / "previous.pt") if path.exists()]
-    for path in found:
+    last, previous = out_dir / "last.pt", out_dir / "previous.pt"
+    damage = ""
+    for path in filter(Path.exists, (last, previous)):
         try:
             load_checkpoint(path)
-            return path.name
         except InputError as error:
-            os.replace(path, path.with_suffix(".damaged"))
-            print(f"WARNING: {error}; kept as {path.with_suffix('.damaged')}", file=sys.stderr)
-    if found:
-        raise InputError(f"no checkpoint in {out_dir} can be read: restore one, or choose another --out_dir")
+            damage = damage or str(error)
+            continue
+        if damage:
+            os.replace(last, out_dir / "last.damaged")
+            print(f"WARNING: {damage}; kept as {out_dir / 'last.damaged'}, going on from {path}", file=sys.stderr)
+        return path.name
+    if damage:
+        raise InputError(f"{damage}, and there is no other checkpoint: restore one, or choose another --out_dir")
     return None
 
 
@@ -695,7 +699,7 @@ def train(config: PretrainConfig) -> int:
 
     if not start:
         run_probe(0)
-    code, history, n_skipped, clock, feed.waited = 0, [], 0, time.perf_counter(), 0.0
+    code, history, streak, longest, clock, feed.waited = 0, [], 0, 0, time.perf_counter(), 0.0
     is_tty_bar = dict(initial=start, total=config.updates, disable=None if is_main else True)
     for step in (progress := tqdm(range(start, config.updates), **is_tty_bar)):
         parts = micro_batches(feed, sampler, config, step, device)
@@ -706,11 +710,13 @@ def train(config: PretrainConfig) -> int:
 
         if step == 1 or step % config.log_every == 0 or is_last:
             losses, skipped, bad_fraction = summarize(history, feed, world)
-            n_skipped = n_skipped + skipped if skipped == len(history) else skipped
+            for is_skipped in skipped:
+                streak = streak + 1 if is_skipped else 0
+                longest = max(longest, streak)
             seconds = time.perf_counter() - clock
             record = dict(
                 step=step, epoch=step * config.batch_size / len(dataset), **losses, **spread(out, config.clones),
-                lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config), skipped=skipped,
+                lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config), skipped=sum(skipped),
                 bad_files=len(read_bad_files(feed.path)), clips_per_s=len(history) * config.batch_size / seconds,
                 step_ms=1000 * seconds / len(history), data_wait=feed.waited / seconds,
                 peak_memory_gib=peak_memory_gib(device),
@@ -718,7 +724,7 @@ def train(config: PretrainConfig) -> int:
             if is_main:
                 log(out_dir, record)
                 progress.set_postfix({k: record[k] for k in ("loss", "lr", "clips_per_s")})
-                check_health(stop, record, n_skipped, bad_fraction, config)
+                check_health(stop, record, longest, bad_fraction, config)
             history, clock, feed.waited = [], time.perf_counter(), 0.0
 
         if is_last or (config.probe_every and step % config.probe_every == 0):
@@ -747,18 +753,20 @@ def train(config: PretrainConfig) -> int:
     return code
 
 
-def summarize(history: list[Tensor], feed: Feed, world: int) -> tuple[dict[str, float], int, float]:
-    """Mean losses and updates skipped since the last log line, share of clips unusable (of 100 or more read so far)."""
+def summarize(history: list[Tensor], feed: Feed, world: int) -> tuple[dict[str, float], list[bool], float]:
+    """Over all processes: mean losses since the last log line, which of these updates were skipped, and the share of
+    clips that cannot be used (of 100 or more read so far)."""
     rows = torch.stack(history)                                                             # (updates, 4)
     clips = torch.tensor([feed.n_bad, feed.n_read], dtype=rows.dtype, device=rows.device)
     if world > 1:
         dist.all_reduce(rows)
         dist.all_reduce(clips)
-    good = rows[rows.isfinite().all(1)] / world
+    is_good = rows.isfinite().all(1)
+    good = rows[is_good] / world
     names = ("loss", "loss_frame", "loss_utterance", "grad_norm")
     n_bad, n_read = clips.tolist()
     means = good.mean(0).tolist() if len(good) else [None] * len(names)
-    return dict(zip(names, means)), len(rows) - len(good), n_bad / n_read if n_read >= 100 else 0.0
+    return dict(zip(names, means)), (~is_good).tolist(), n_bad / n_read if n_read >= 100 else 0.0
 
 
 def spread(out: dict[str, Tensor], clones: int) -> dict[str, float]:
@@ -770,13 +778,13 @@ def spread(out: dict[str, Tensor], clones: int) -> dict[str, float]:
     )
 
 
-def check_health(stop: Stop, record: dict, n_skipped: int, bad_fraction: float, config: PretrainConfig) -> None:
+def check_health(stop: Stop, record: dict, longest: int, bad_fraction: float, config: PretrainConfig) -> None:
     """Ask for a stop if the run diverged or its data is broken, warn or ask for a stop if it collapsed."""
     target_std, pred_std, listed = record["target_std"], record["pred_std"], Path(config.out_dir, "bad_files.tsv")
     if bad_fraction > config.max_bad_fraction:
         stop.code, stop.reason = 1, f"{bad_fraction:.0%} of the clips cannot be used (--max_bad_fraction): see {listed}"
-    if n_skipped >= config.max_skipped:
-        stop.code, stop.reason = 1, f"{n_skipped} updates in a row had no finite gradient (lower --lr, or --amp fp32)"
+    if longest >= config.max_skipped:
+        stop.code, stop.reason = 1, f"{longest} updates in a row had no finite gradient (lower --lr, or --amp fp32)"
     if record["step"] > config.warmup and (target_std < MIN_TARGET_STD or pred_std < MIN_PRED_STD):
         collapse = f"the features have collapsed (target_std {target_std:.3f}, pred_std {pred_std:.3f})"
         tqdm.write(f"WARNING: {collapse}")
@@ -804,7 +812,7 @@ def main() -> None:
     try:
         sys.exit(train(config))
     except KeyboardInterrupt:  # before the first update; later ones are handled by Stop
-        sys.exit(130)
+        sys.exit("pretrain.py: interrupted before the first update")
     except InputError as error:  # one from a loader process comes with a traceback, its own words last
         sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
 
