@@ -21,11 +21,13 @@ only reading files needs soundfile. Citations such as data/raw_audio_dataset.py:
 """
 
 import argparse
+import codecs
 import functools
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import zlib
@@ -51,6 +53,7 @@ PREEMPHASIS = 0.97
 LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
+MAX_SAMPLES = 2**36  # 50 days: a manifest that claims more is wrong
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
 SHARD_SAMPLES = 2**29  # a shard is full at 1 GiB
@@ -208,13 +211,15 @@ class Manifest:
         except OSError as error:
             raise InputError(f"cannot read the manifest {path}: {error.strerror}") from None
         lines = text.split(b"\n")
-        self.root = os.path.join(path.parent, os.fsdecode(lines[0].strip()))
+        self.root = os.path.join(path.parent, os.fsdecode(lines[0].removeprefix(codecs.BOM_UTF8).strip()))
         begins, counts, position = array("q"), array("q"), len(lines[0]) + 1
         for number, line in enumerate(lines[1:], start=2):
             if line.strip():
                 fields = line.split(b"\t") if b"\t" in line else line.rsplit(None, 1)
                 try:
                     counts.append(int(fields[1]))
+                    if not 0 <= counts[-1] < MAX_SAMPLES:
+                        raise ValueError
                 except (IndexError, ValueError, OverflowError):
                     raise InputError(
                         f"{path}, line {number}: expected path<TAB>n_samples[<TAB>labels], found {line[:80]!r}"
@@ -368,6 +373,8 @@ def _open_packed(folder: str) -> list[Manifest]:
     """The shards of a packed folder as manifests with an attribute `pcm`, the path of the samples."""
     try:
         names = json.loads(Path(folder, "index.json").read_text())["shards"]
+        if not names or not all(re.fullmatch(r"\d{5,}", name) for name in names):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{folder} is not a packed folder (no valid index.json): run python data.py pack to the end"

@@ -440,19 +440,25 @@ def probe(encoder: Encoder, config: PretrainConfig, device: torch.device) -> flo
 
 def check_config(config: PretrainConfig, world: int) -> None:
     """Refuse settings that cannot work, before anything is loaded or written. Raises InputError."""
-    positive = "clip_frames norm_std clones ema_anneal batch_size accumulate updates clip_norm log_every save_every"
-    for name in positive.split():
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    positive = (
+        "clip_frames norm_std clones ema_anneal batch_size accumulate updates lr clip_norm log_every save_every "
+        "max_skipped timeout".split()
+    )
+    fractions = "mask_ratio mask_adjust ema_decay ema_decay_end beta1 beta2 max_bad_fraction".split()
+    signed = ["norm_mean"]
     for name, value in asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--{name} must be a finite number, not {value}")
-    for name in ("beta1", "beta2", "ema_decay", "ema_decay_end"):
-        if not 0 <= getattr(config, name) <= 1 or (name.startswith("beta") and getattr(config, name) == 1):
-            raise InputError(f"--{name} must lie between 0 and 1, not {getattr(config, name)}")
-    for name in ("warmup", "seed", "workers", "probe_every", "min_samples"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} must not be negative, got {getattr(config, name)}")
+        if isinstance(value, str):
+            continue
+        if not math.isfinite(value) or value >= 2**62:
+            raise InputError(f"--{name} must be a number of reasonable size, not {value}")
+        if name in positive and value <= 0:
+            raise InputError(f"--{name} must be above 0, not {value}")
+        if name in fractions and not 0 <= value <= 1:
+            raise InputError(f"--{name} must lie between 0 and 1, not {value}")
+        if name not in signed and value < 0:
+            raise InputError(f"--{name} must not be negative, got {value}")
+    if config.beta1 == 1 or config.beta2 == 1:
+        raise InputError("--beta1 and --beta2 must be below 1")
     choices_of = dict(model=MODELS, mask=("block", "flexible", "random"), amp=("auto", "bf16", "fp16", "fp32"))
     for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
@@ -469,7 +475,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     if bool(config.probe_train) != bool(config.probe_test):
         raise InputError("--probe_train and --probe_test go together")
     try:
-        draw_masks(dataclasses.replace(config, batch_size=1), 0, torch.device("cpu"))
+        draw_masks(dataclasses.replace(config, batch_size=1, clones=1), 0, torch.device("cpu"))
     except ValueError as error:
         raise InputError(f"--mask: {error}") from None
 

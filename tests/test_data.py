@@ -162,7 +162,7 @@ def test_manifest(folder):
 
 
 def test_manifest_relative_root_many_labels_no_last_newline(tmp_path):
-    (tmp_path / "m.tsv").write_text("audio\r\na b.wav\t123\tdog,cat\r\n\r\nç.wav\t456")
+    (tmp_path / "m.tsv").write_text("\ufeffaudio\r\na b.wav\t123\tdog,cat\r\n\r\nç.wav\t456")
     manifest = Manifest(tmp_path / "m.tsv")
     assert manifest.path(0) == str(tmp_path / "audio" / "a b.wav") and manifest.labels(0) == ["dog", "cat"]
     assert manifest.path(1) == str(tmp_path / "audio" / "ç.wav") and manifest.labels(1) == []
@@ -186,6 +186,8 @@ def test_released_pair_is_read(tmp_path):
         ("/data\n", "lists no clips"),
         ("/data\na.wav\t100\nb.wav\n", "line 3"),
         ("/data\na.wav\tmany\n", "line 2"),
+        ("/data\na.wav\t-3\n", "line 2"),
+        ("/data\na.wav\t999999999999\n", "line 2"),
         ("/data\na.wav\t99999999999999999999\n", "line 2"),
     ],
 )
@@ -324,6 +326,13 @@ def test_pack_resumes_and_finds_damage(folder, monkeypatch):
     (target / "00001.pcm").write_bytes(before["00001.pcm"][:-2])
     with pytest.raises(InputError, match="wrong size"):
         AudioDataset(target)
+
+
+@pytest.mark.parametrize("index", ["", "[]", '{"shards": 5}', '{"shards": []}', '{"shards": ["../x"]}'])
+def test_an_index_that_is_no_index(tmp_path, index):
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(InputError, match="is not a packed folder"):
+        AudioDataset(tmp_path)
 
 
 def test_pack_refuses_another_manifest(folder):
