@@ -54,6 +54,7 @@ LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**36  # 50 days: a manifest that claims more is wrong
+LOUDEST = 1e6  # float files may exceed 1, but not by this much
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
 SHARD_SAMPLES = 2**29  # a shard is full at 1 GiB
@@ -145,8 +146,8 @@ def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = 
     if len(waveform) < FRAME_LENGTH:
         raise InputError(f"too short: {len(waveform)} samples at 16 kHz, a frame needs {FRAME_LENGTH}")
     peak = waveform.abs().max().item()
-    if not math.isfinite(peak):
-        raise InputError("contains NaN or infinity")
+    if not peak <= LOUDEST:
+        raise InputError(f"its samples are not audio: the largest is {peak}")
     if peak < SILENCE:
         raise InputError("silent")
     return waveform
@@ -158,12 +159,14 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
     if not os.path.isfile(path):
         raise InputError("no such file")
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
             rate, n_channels = file.samplerate, file.channels
             if not (1_000 <= rate <= 768_000 and n_channels <= 64):
                 raise InputError(f"implausible format: {rate} Hz, {n_channels} channels")
             context = min(start, FRAME_SHIFT)  # read a little more on both sides for the resampling filter
             first = (start - context) * rate // SAMPLE_RATE
+            if n_samples is None and file.frames > MAX_SAMPLES:
+                raise InputError("its header does not say how long it is: convert it")
             if start * rate // SAMPLE_RATE >= file.frames:
                 raise PastEnd(f"has no sound at {start / SAMPLE_RATE:.2f} s")
             file.seek(first)
@@ -176,7 +179,7 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
         raise InputError(f"unreadable: {first_line(error)}") from None
     if samples.size == 0:
-        raise InputError("unreadable: nothing could be decoded")
+        raise (PastEnd if start else InputError)("unreadable: nothing could be decoded")
     waveform = resample(torch.from_numpy(samples).mean(1), rate)[context:]
     return waveform[:n_samples]
 
@@ -206,12 +209,14 @@ class Manifest:
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot read the manifest {path}: it is not a file")
         try:
             text = path.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read the manifest {path}: {error.strerror}") from None
         lines = text.split(b"\n")
-        self.root = os.path.join(path.parent, os.fsdecode(lines[0].removeprefix(codecs.BOM_UTF8).strip()))
+        self.root = os.path.join(path.parent, os.fsdecode(lines[0].removeprefix(codecs.BOM_UTF8).rstrip(b"\r")))
         begins, counts, position = array("q"), array("q"), len(lines[0]) + 1
         for number, line in enumerate(lines[1:], start=2):
             if line.strip():
@@ -262,7 +267,7 @@ class Manifest:
 
 def _read_lbl(path: Path, n_clips: int) -> list[str]:
     """Labels in the released format: a line a clip, an id, white space, labels joined by commas."""
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip()]
     if len(lines) != n_clips or any(len(line) != 2 for line in lines):
         raise InputError(f"{path} must have one line 'id label,label' for each of the {n_clips} clips of its .tsv")
     return [labels for _, labels in lines]
@@ -355,17 +360,22 @@ class AudioDataset(Dataset):
                 return load_audio(manifest.path(line), 0, n_samples)
         n_samples = min(n_samples, int(manifest.n_samples[line]) - start)
         offset = 2 * (int(self.offsets[shard][line]) + start)
-        pcm = np.memmap(manifest.pcm, "<i2", mode="r", offset=offset, shape=n_samples)
+        try:
+            pcm = np.memmap(manifest.pcm, "<i2", mode="r", offset=offset, shape=n_samples)
+        except (OSError, ValueError) as error:  # the shard has changed since it was opened
+            raise InputError(f"{manifest.pcm}: {first_line(error)}") from None
         return torch.from_numpy(np.array(pcm, dtype=np.int16))
 
     def __getitem__(self, item: int) -> Clip:
         problem = ""
-        tries = min(len(self), 100)
-        for stand_in in range(item, item + tries):
+        stand_in, tries = item, min(len(self.clips), 1000)
+        for _ in range(tries):
             try:
-                return Clip(self.read(stand_in % len(self)), item, problem)
+                return Clip(self.read(stand_in), item, problem)
             except InputError as error:
                 problem = problem or str(error)
+            clip = torch.searchsorted(self.last_item, stand_in, right=True)
+            stand_in = int(self.last_item[clip]) % len(self)  # the first piece of the next clip
         raise InputError(f"{self.name(item)} and the {tries - 1} after it: {problem}. Is the data still there?")
 
 
@@ -377,7 +387,8 @@ def _open_packed(folder: str) -> list[Manifest]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{folder} is not a packed folder (no valid index.json): run python data.py pack to the end"
+            f"{folder} is not a packed folder (no valid index.json): run python data.py pack to the end, "
+            "or for a folder of audio files python data.py scan"
         ) from None
     shards = []
     for name in names:
@@ -495,7 +506,7 @@ class _Reader(Dataset):
 
 def read_all(read: Callable[[int], Tensor], indices: Iterable[int], workers: int) -> DataLoader:
     """Iterates over (index, waveform or None, problem) in order, `workers` processes ahead."""
-    return DataLoader(_Reader(read, indices), batch_size=None, num_workers=workers)
+    return DataLoader(_Reader(read, indices), batch_size=None, num_workers=max(0, workers))
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
@@ -507,6 +518,17 @@ def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+def _walk(folder: str, refused: list[OSError]) -> Iterator[Path]:
+    """Everything below a folder, through links but not in circles; folders that cannot be opened go to `refused`."""
+    seen = set()
+    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=refused.append):
+        if os.path.realpath(where) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        yield from (Path(where, name) for name in names)
+
+
 def scan(folder: str, output: str) -> None:
     """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad."""
     import soundfile
@@ -516,22 +538,29 @@ def scan(folder: str, output: str) -> None:
         if "\t" in name or "\n" in name:
             return name, 0, "its name holds a tab or a line break"
         try:
-            info = soundfile.info(os.fspath(path))
+            info = soundfile.info(os.fsencode(path))
             n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
+            if n_samples >= MAX_SAMPLES:
+                return name, 0, "its header does not say how long it is: convert it"
             return name, n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
         except Exception as error:  # whatever libsndfile makes of a damaged file
             return name, 0, first_line(error)
 
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder")
-    if os.path.exists(output):
-        raise InputError(f"{output} exists: remove it or choose another name")
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    if "\n" in os.path.abspath(folder):
+        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
+    for path in (output, f"{output}.bad"):
+        if os.path.exists(path):
+            raise InputError(f"{path} exists: remove it or choose another name")
+    refused: list[OSError] = []
+    files = sorted(path for path in _walk(folder, refused) if path.is_file())
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
         found = list(tqdm(pool.map(probe, paths), total=len(paths), desc="scan", unit="file"))
+    found += [(os.path.relpath(error.filename, folder), 0, f"folder: {error.strerror}") for error in refused]
     good, bad = [row for row in found if not row[2]], [row for row in found if row[2]]
     if bad:
         write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, _, problem in bad))
@@ -547,7 +576,7 @@ def scan(folder: str, output: str) -> None:
 def stats(source: str, max_clips: int, workers: int) -> tuple[float, float]:
     """Mean and std of the log-mel values, padding excluded, of up to max_clips clips spread evenly over a manifest."""
     dataset = AudioDataset(source)
-    items = torch.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).long().tolist()
+    items = torch.linspace(0, len(dataset) - 1, max(1, min(max_clips, len(dataset)))).long().tolist()
     total, total_square, count, n_bad = 0.0, 0.0, 0, 0
     for _, waveform, problem in tqdm(read_all(dataset.read, items, workers), desc="stats", unit="clip"):
         if problem:
@@ -575,8 +604,10 @@ def pack(source: str, folder: str, workers: int) -> None:
     plan = dict(sample_rate=SAMPLE_RATE, shard_samples=SHARD_SAMPLES, clips=len(manifest), manifest=digest)
     target.mkdir(parents=True, exist_ok=True)
     plan_path, index_path = target / "plan.json", target / "index.json"
-    if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
+    if plan_path.exists() and plan_path.read_text().strip() != json.dumps(plan):
         raise InputError(f"{folder} was packed from another manifest or by another version: choose an empty folder")
+    if not plan_path.exists() and any(target.iterdir()):
+        raise InputError(f"{folder} is not empty: choose an empty folder")
     write_lines(plan_path, [json.dumps(plan)])
 
     shard_of = (manifest.n_samples.cumsum(0) - manifest.n_samples) // SHARD_SAMPLES  # by what the manifest says
@@ -634,8 +665,8 @@ def _read_int16(manifest: Manifest, i: int) -> Tensor:
             if not pieces:
                 raise
             break  # the file ends with a full piece
-        if not piece.isfinite().all():
-            raise InputError("contains NaN or infinity")
+        if not piece.abs().max() <= LOUDEST:
+            raise InputError(f"its samples are not audio: the largest is {piece.abs().max()}")
         pieces.append((piece * 32768).round().clamp(-32768, 32767).to(torch.int16))
     waveform = torch.cat(pieces)
     if len(waveform) < FRAME_LENGTH:

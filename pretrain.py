@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -229,6 +230,8 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors and plain values: refused, it may be malicious") from None
     except Exception as error:  # whatever zipfile, pickle and torch make of bytes that are not theirs
         raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
@@ -413,7 +416,7 @@ def linear_probe(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]]
     (x, labels), (x_test, labels_test) = train, test
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     y, y_test = (torch.tensor([classes.get(label, -1) for label in some]) for some in (labels, labels_test))
-    mean, std = x.mean(0), x.std(0) + 1e-6
+    mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     weight = torch.zeros(len(classes), x.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
@@ -495,7 +498,7 @@ def open_run(config: PretrainConfig, data_digest: str) -> IO:
     except OSError:
         raise InputError(f"another process is running in {out_dir}: wait for it or choose another --out_dir") from None
     new = asdict(config) | dict(data_digest=data_digest)
-    if not (out_dir / "config.json").exists():
+    if not any(out_dir.glob("*.pt")) and not any(out_dir.glob("*.damaged")):  # nothing to continue yet
         write_lines(out_dir / "config.json", [json.dumps(new, indent=1)])
         return lock
     try:
@@ -656,16 +659,18 @@ def train(config: PretrainConfig) -> int:
     )
     amp_dtype = pick_precision(config.amp, device)
     scaler = make_scaler(amp_dtype, device)
+    parts_of_run = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     # Resume
     start = 0
     if checkpoint is not None:
         state = load_checkpoint(out_dir / checkpoint)
-        start = state["step"]
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        try:
+            start = state["step"]
+            for name, part in parts_of_run.items():
+                part.load_state_dict(state[name])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{out_dir / checkpoint} is not a checkpoint of this run: {first_line(error)}") from None
         del state
     if is_main:
         trim_log(out_dir, start)
@@ -698,8 +703,7 @@ def train(config: PretrainConfig) -> int:
         stop.agreed()  # the others wait here, where their patience is longest
 
     def save(step: int) -> None:
-        state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
-        state = {name: part.state_dict() for name, part in state.items()}
+        state = {name: part.state_dict() for name, part in parts_of_run.items()}
         plain = dict(step=step, config=asdict(config), network=asdict(config.network))
         save_checkpoint(out_dir / "last.pt", **plain, **state)
 
@@ -809,8 +813,13 @@ def trim_log(out_dir: Path, step: int) -> None:
     """Drop log lines of updates that will be repeated, and what was half-written when the run was killed."""
     path = out_dir / "log.jsonl"
     if path.exists():
-        lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-        write_lines(path, lines)
+        kept = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_lines(path, kept)
 
 
 def main() -> None:
@@ -819,6 +828,8 @@ def main() -> None:
         sys.exit(train(config))
     except KeyboardInterrupt:  # before the first update; later ones are handled by Stop
         sys.exit("pretrain.py: interrupted before the first update")
+    except OSError as error:
+        sys.exit(f"pretrain.py: {error}; the same command goes on from the last checkpoint in {config.out_dir}")
     except InputError as error:  # one from a loader process comes with a traceback, its own words last
         sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
 

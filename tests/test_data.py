@@ -1,6 +1,7 @@
 """Front end, files, manifests, packing, and the order in which clips are read."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     return {
         "missing.wav": "no such file", "empty.wav": "unreadable", "text.wav": "unreadable",
         "truncated.flac": "unreadable", "header only.wav": "no sound", "silent.wav": "silent",
-        "short.wav": "too short", "nan.wav": "NaN", "folder.wav": "no such file",
+        "short.wav": "too short", "nan.wav": "not audio", "folder.wav": "no such file",
     }  # fmt: skip
 
 
@@ -246,6 +247,34 @@ def test_stand_ins_are_always_the_same(folder):
     assert not dataset[3].problem
 
 
+def test_a_damaged_long_file_is_stood_in_for_by_another(folder):
+    """However many pieces it has: what stands in is the first piece of the next clip that can be read."""
+    (folder / "hour.wav").write_bytes(b"RIFF")
+    lines = (folder / "manifest.tsv").read_text().splitlines()
+    (folder / "m.tsv").write_text("\n".join([lines[0], f"hour.wav\t{16_000 * 3600}", *lines[1:]]))
+    dataset = AudioDataset(folder / "m.tsv", n_frames=64)
+    first = 16_000 * 3600 // (64 * 160)
+    for item in (0, 17, first - 1):
+        assert dataset[item].problem and torch.equal(dataset[item].waveform, dataset[first].waveform)
+
+
+def test_a_name_need_not_be_utf8(folder, script):
+    shutil.copy(folder / "clip 0.wav", os.fsencode(folder) + b"/\xe9\xff.wav")
+    script("data.py", "scan", folder, "-o", "made.tsv")
+    dataset = AudioDataset(folder / "made.tsv")
+    assert all(not dataset[i].problem for i in range(len(dataset))) and len(dataset) == 9
+
+
+def test_scan_follows_links_but_not_in_circles(folder, tmp_path_factory, script):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copy(folder / "clip 0.wav", elsewhere / "linked.wav")
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(folder)
+    script("data.py", "scan", folder, "-o", "made.tsv")
+    manifest = Manifest(folder / "made.tsv")
+    assert len(manifest) == 9 and "link/linked.wav" in [manifest.name(i) for i in range(9)]
+
+
 def test_a_vanished_folder_ends_the_run(tmp_path):
     (tmp_path / "m.tsv").write_text("audio\n" + "".join(f"{i}.wav\t16000\n" for i in range(150)))
     with pytest.raises(InputError, match="line 1: there is no folder"):
@@ -333,6 +362,14 @@ def test_an_index_that_is_no_index(tmp_path, index):
     (tmp_path / "index.json").write_text(index)
     with pytest.raises(InputError, match="is not a packed folder"):
         AudioDataset(tmp_path)
+
+
+def test_pack_touches_no_other_folder(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "00000.pcm").write_text("precious")
+    with pytest.raises(InputError, match="is not empty"):
+        data.pack(folder / "manifest.tsv", folder / "mine", workers=0)
+    assert (folder / "mine" / "00000.pcm").read_text() == "precious"
 
 
 def test_pack_refuses_another_manifest(folder):
