@@ -53,7 +53,7 @@ PREEMPHASIS = 0.97
 LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
-MAX_SAMPLES = 2**36  # 50 days: a manifest that claims more is wrong
+MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
 LOUDEST = 1e6  # float files may exceed 1, but not by this much
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
@@ -166,7 +166,7 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
             context = min(start, FRAME_SHIFT)  # read a little more on both sides for the resampling filter
             first = (start - context) * rate // SAMPLE_RATE
             if n_samples is None and file.frames > MAX_SAMPLES:
-                raise InputError("its header does not say how long it is: convert it")
+                raise InputError(f"claims {file.frames / rate / 3600:.0f} hours: its header is wrong, convert it")
             if start * rate // SAMPLE_RATE >= file.frames:
                 raise PastEnd(f"has no sound at {start / SAMPLE_RATE:.2f} s")
             file.seek(first)
@@ -541,7 +541,7 @@ def scan(folder: str, output: str) -> None:
             info = soundfile.info(os.fsencode(path))
             n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
             if n_samples >= MAX_SAMPLES:
-                return name, 0, "its header does not say how long it is: convert it"
+                return name, 0, "claims more than 37 hours: its header is wrong, convert it"
             return name, n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
         except Exception as error:  # whatever libsndfile makes of a damaged file
             return name, 0, first_line(error)
@@ -659,6 +659,8 @@ def _read_int16(manifest: Manifest, i: int) -> Tensor:
     """A whole file as int16, decoded piece by piece: an hour takes no more memory than it has samples."""
     path, pieces = manifest.path(i), []
     while not pieces or len(pieces[-1]) == CLIP_FRAMES * FRAME_SHIFT:
+        if len(pieces) * CLIP_FRAMES * FRAME_SHIFT > MAX_SAMPLES:
+            raise InputError("goes on for more than 37 hours: cut it")
         try:
             piece = _decode(path, len(pieces) * CLIP_FRAMES * FRAME_SHIFT, CLIP_FRAMES * FRAME_SHIFT)
         except PastEnd:
