@@ -452,7 +452,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     for name, value in asdict(config).items():
         if isinstance(value, str):
             continue
-        if not math.isfinite(value) or value >= 2**62:
+        if not math.isfinite(value) or (isinstance(value, int) and value >= 2**62):
             raise InputError(f"--{name} must be a number of reasonable size, not {value}")
         if name in positive and value <= 0:
             raise InputError(f"--{name} must be above 0, not {value}")
