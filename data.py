@@ -191,7 +191,7 @@ def first_line(error: Exception) -> str:
 
 def resample(waveform: Tensor, rate: int) -> Tensor:
     """Resample (..., S) from `rate` Hz to 16 kHz with torchaudio's default windowed sinc, as the released code does."""
-    if math.gcd(rate, SAMPLE_RATE) < 25:  # an odd rate would need a filter of gigabytes; off by 0.1 % at most
+    if math.gcd(rate, SAMPLE_RATE) < 25:  # an odd rate would need a filter of gigabytes; at 11 kHz 0.1 % off
         rate = 25 * max(1, round(rate / 25))
     if rate == SAMPLE_RATE:
         return waveform

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv            the paper's setup
 
 `--data` is a manifest or a packed folder (see data.py). The run folder `--out_dir` gets config.json, log.jsonl (a line
-every `--log_every` updates), bad_files.tsv and last.pt; the same command started again goes on from last.pt.
+every `--log_every` updates), bad_files.tsv, last.pt and the one before it, previous.pt; the same command started again
+goes on from there.
 `step` counts completed updates everywhere. Everything random in update `step` is drawn from (seed, step, clip), so that
 the run is the same for any number of processes, micro-batches and workers.
 Citations such as EAT_pretraining.py:364 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
@@ -710,8 +711,8 @@ def train(config: PretrainConfig) -> int:
     if not start:
         run_probe(0)
     code, history, streak, longest, clock, feed.waited = 0, [], 0, 0, time.perf_counter(), 0.0
-    is_tty_bar = dict(initial=start, total=config.updates, disable=None if is_main else True)
-    for step in (progress := tqdm(range(start, config.updates), **is_tty_bar)):
+    bar = dict(initial=start, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
+    for step in (progress := tqdm(range(start, config.updates), **bar)):
         parts = micro_batches(feed, sampler, config, step, device)
         out = train_step(model, teacher, optimizer, scaler, parts, step, config, amp_dtype)
         history.append(torch.stack([out[k] for k in ("loss", "loss_frame", "loss_utterance", "grad_norm")]))
