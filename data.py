@@ -3,6 +3,9 @@
     python data.py scan  DIR -o train.tsv       list every audio file below DIR
     python data.py stats train.tsv              mean and std for --norm_mean and --norm_std
     python data.py pack  train.tsv shards/      decode once; training then reads shards/ instead of train.tsv
+    python data.py esc50 ESC-50-master -o esc50/                             train1.tsv, test1.tsv, ... of the 5 folds
+    python data.py speechcommands speech_commands_v0.02 -o spcv2/            train.tsv, valid.tsv, test.tsv
+    python data.py audioset SEGMENTS.csv LABELS.csv AUDIO_DIR -o train.tsv   one manifest of multi-labelled clips
 
 **Manifest**: line 1 is the folder that paths are relative to (itself absolute or relative to the manifest); then a line
 for each clip,
@@ -22,6 +25,7 @@ only reading files needs soundfile. Citations such as data/raw_audio_dataset.py:
 
 import argparse
 import codecs
+import csv
 import functools
 import hashlib
 import json
@@ -66,6 +70,10 @@ class InputError(ValueError):
 
 class PastEnd(InputError):
     """A file ends before the part of it that was asked for."""
+
+
+class Silent(InputError):
+    """There is nothing to hear in a file, or in the part of it that was asked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = 
     if not peak <= LOUDEST:
         raise InputError(f"its samples are not audio: the largest is {peak}")
     if peak < SILENCE:
-        raise InputError("silent")
+        raise Silent("silent")
     return waveform
 
 
@@ -279,6 +287,7 @@ class Clip(NamedTuple):
     waveform: Tensor  # (S,) float32 or int16, not padded
     index: int  # which item was asked for
     problem: str  # why another clip stands in for it; empty if none does
+    item: int  # which item this is
 
 
 class AudioDataset(Dataset):
@@ -294,7 +303,7 @@ class AudioDataset(Dataset):
     def __init__(
         self, source: str, n_frames: int = CLIP_FRAMES, min_samples: int = FRAME_LENGTH, segments: bool = True
     ):
-        self.is_packed = os.path.isdir(source)
+        self.source, self.is_packed = source, os.path.isdir(source)
         self.shards = _open_packed(source) if self.is_packed else [Manifest(source)]
         if not self.is_packed and not os.path.isdir(self.shards[0].root):
             raise InputError(f"{source}, line 1: there is no folder {self.shards[0].root}")
@@ -371,7 +380,7 @@ class AudioDataset(Dataset):
         stand_in, tries = item, min(len(self.clips), 1000)
         for _ in range(tries):
             try:
-                return Clip(self.read(stand_in), item, problem)
+                return Clip(self.read(stand_in), item, problem, stand_in)
             except InputError as error:
                 problem = problem or str(error)
             clip = torch.searchsorted(self.last_item, stand_in, right=True)
@@ -413,38 +422,52 @@ def seed_of(purpose: str, *key: int) -> int:
 
 
 class ClipSampler:
-    """Endless batches of items: a new permutation every epoch, one epoch after the other without a gap.
+    """Endless batches of items: a new order every epoch, one epoch after the other without a gap.
 
     Update s uses the clips s * batch_size ... (s + 1) * batch_size - 1 of that stream, for any number of processes;
     each process takes its share of them, in `accumulate` parts. Iterates over lists of items from update `start` on.
+    An epoch is a permutation of all items or, with `weights`, `epoch_items` of them drawn without replacement.
+    `mirrored`: a part holds clip i together with clip batch_size - 1 - i, its partner in mixup.
     """
 
     def __init__(
         self, n_items: int, batch_size: int, seed: int, start: int = 0,
         rank: int = 0, world: int = 1, accumulate: int = 1,
+        weights: Tensor | None = None, epoch_items: int = 0, mirrored: bool = False,
     ):  # fmt: skip
         self.n_items, self.batch_size, self.seed, self.start = n_items, batch_size, seed, start
         self.rank, self.accumulate, self.part = rank, accumulate, batch_size // (world * accumulate)
+        self.weights, self.mirrored = weights, mirrored
+        self.epoch_items = min(epoch_items, n_items) if weights is not None else n_items
 
-    def rows(self, micro: int) -> slice:
+    def rows(self, micro: int) -> list[int]:
         """Which clips of an update form this process's micro-batch number `micro`."""
-        first = (self.rank * self.accumulate + micro) * self.part
-        return slice(first, first + self.part)
+        number = self.rank * self.accumulate + micro
+        if self.mirrored:
+            first = number * self.part // 2
+            front = range(first, first + self.part // 2)
+            return [*front, *(self.batch_size - 1 - i for i in reversed(front))]
+        return list(range(number * self.part, (number + 1) * self.part))
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+        if self.weights is None:
+            return torch.randperm(self.n_items, generator=generator)
+        return torch.multinomial(self.weights, self.epoch_items, replacement=False, generator=generator)
 
     def __iter__(self) -> Iterator[list[int]]:
         position, epoch, order = self.start * self.batch_size, -1, None
         while True:
             batch = []
             while len(batch) < self.batch_size:
-                if position // self.n_items != epoch:
-                    epoch = position // self.n_items
-                    generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-                    order = torch.randperm(self.n_items, generator=generator)
-                first = position % self.n_items
+                if position // self.epoch_items != epoch:
+                    epoch = position // self.epoch_items
+                    order = self._order(epoch)
+                first = position % self.epoch_items
                 some = order[first : first + self.batch_size - len(batch)].tolist()
                 batch += some
                 position += len(some)
-            yield from (batch[self.rows(micro)] for micro in range(self.accumulate))
+            yield from ([batch[i] for i in self.rows(micro)] for micro in range(self.accumulate))
 
 
 class Batch(NamedTuple):
@@ -453,6 +476,7 @@ class Batch(NamedTuple):
     waveform: Tensor  # (B, S) float32 or int16
     n_samples: Tensor  # (B,) how much of each row is sound
     problems: list[tuple[int, str]]  # (item, what was wrong) where another clip stands in
+    items: list[int]  # which items these are
 
 
 def collate(clips: list[Clip], n_frames: int) -> Batch:
@@ -462,7 +486,8 @@ def collate(clips: list[Clip], n_frames: int) -> Batch:
     for row, clip in zip(waveform, clips):
         row[: len(clip.waveform)] = clip.waveform
     n_samples = torch.tensor([len(clip.waveform) for clip in clips])
-    return Batch(waveform, n_samples, [(clip.index, clip.problem) for clip in clips if clip.problem])
+    problems = [(clip.index, clip.problem) for clip in clips if clip.problem]
+    return Batch(waveform, n_samples, problems, [clip.item for clip in clips])
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
@@ -485,7 +510,69 @@ def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands: scan, stats, pack
+# Labels
+
+
+def read_classes(path: str | os.PathLike) -> dict[str, str]:
+    """Label -> name of every class, in the order of the file: AudioSet's class_labels_indices.csv, the released
+    label_descriptors.csv (index,label), or a text file with a label on each line.
+
+    Raises InputError if there are none or some twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [line.rstrip("\r\n") for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
+    if lines and lines[0].startswith("index,"):
+        rows = [row[1:] for row in csv.reader(lines[1:])]
+    else:
+        rows = [[line] for line in lines]
+    classes = {row[0]: row[-1] for row in rows if row}
+    if not classes or len(classes) < len(rows):
+        raise InputError(f"{path}: expected every class once, found {len(classes)} of {len(rows)} lines")
+    return classes
+
+
+def find_classes(dataset: AudioDataset) -> dict[str, str]:
+    """The labels that occur in a data set, sorted, as classes. Raises InputError if there are none."""
+    labels = sorted({label for item in range(len(dataset)) for label in dataset.labels(item)})
+    if not labels:
+        raise InputError(f"{dataset.source} has no labels: its third column, path<TAB>n_samples<TAB>label,label")
+    return {label: label for label in labels}
+
+
+def read_targets(dataset: AudioDataset, classes: dict[str, str]) -> Tensor:
+    """Which classes each item has: (n, C) bool. Raises InputError naming a clip without a label or with another one."""
+    index = {label: i for i, label in enumerate(classes)}
+    targets = torch.zeros(len(dataset), len(classes), dtype=torch.bool)
+    for item in range(len(dataset)):
+        labels = dataset.labels(item)
+        if not labels:
+            raise InputError(f"{dataset.source}: {dataset.name(item)} has no label (third column)")
+        for label in labels:
+            if label not in index:
+                known = ", ".join(list(index)[:5])
+                raise InputError(
+                    f"{dataset.source}: {dataset.name(item)} has the label {label!r}, "
+                    f"which is not one of the {len(index)} classes ({known} ...)"
+                )
+            targets[item, index[label]] = True
+    return targets
+
+
+def sampling_weights(targets: Tensor) -> Tensor:
+    """How often each clip is drawn so that rare classes are heard: (n, C) -> (n,) float64.
+
+    The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al. 2021,
+    github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are understood to
+    rest; its own file is not published.
+    """
+    return (targets * (1000 / (targets.sum(0, dtype=torch.float64) + 0.01))).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: scan, stats, pack, and manifests of three data sets
 
 
 class _Reader(Dataset):
@@ -529,48 +616,152 @@ def _walk(folder: str, refused: list[OSError]) -> Iterator[Path]:
         yield from (Path(where, name) for name in names)
 
 
-def scan(folder: str, output: str) -> None:
-    """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad."""
+def count_samples(path: str | os.PathLike) -> tuple[int, str]:
+    """What a file's header says: (samples at 16 kHz, why it cannot be used or "")."""
     import soundfile
 
-    def probe(path: Path) -> tuple[str, int, str]:
-        name = os.fspath(path.relative_to(folder))
-        if "\t" in name or "\n" in name:
-            return name, 0, "its name holds a tab or a line break"
-        try:
-            info = soundfile.info(os.fsencode(path))
-            n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
-            if n_samples >= MAX_SAMPLES:
-                return name, 0, "claims more than 37 hours: its header is wrong, convert it"
-            return name, n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
-        except Exception as error:  # whatever libsndfile makes of a damaged file
-            return name, 0, first_line(error)
+    try:
+        info = soundfile.info(os.fsencode(path))
+        n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
+    except Exception as error:  # whatever libsndfile makes of a damaged file
+        return 0, first_line(error)
+    if n_samples >= MAX_SAMPLES:
+        return n_samples, "claims more than 37 hours: its header is wrong, convert it"
+    return n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"
 
+
+def find_audio(folder: str) -> tuple[list[Path], int, list[tuple[str, str]]]:
+    """Audio files below a folder, sorted, the number of other files, and folders that cannot be opened, with reasons.
+
+    Raises InputError if there is no such folder or no audio in it.
+    """
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder")
-    if "\n" in os.path.abspath(folder):
-        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
-    for path in (output, f"{output}.bad"):
-        if os.path.exists(path):
-            raise InputError(f"{path} exists: remove it or choose another name")
     refused: list[OSError] = []
     files = sorted(path for path in _walk(folder, refused) if path.is_file())
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
+    problems = [(os.path.relpath(error.filename, folder), f"folder: {error.strerror}") for error in refused]
+    return paths, len(files) - len(paths), problems
+
+
+def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad: list[tuple[str, str]]) -> str:
+    """Write a manifest of (file below folder, labels); what cannot be used goes, with `bad`, to `output`.bad.
+
+    Returns what to tell the user. Raises InputError if one of the two exists or no file can be used.
+    """
+    if "\n" in os.path.abspath(folder):
+        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
+    for path in (output, f"{output}.bad"):
+        if os.path.exists(path):
+            raise InputError(f"{path} exists: remove it or choose another name")
+
+    def measure(file: tuple[Path, str]) -> tuple[str, int, str, str]:
+        name, labels = os.fspath(file[0].relative_to(folder)), file[1]
+        if "\t" in name or "\n" in name:
+            return name, 0, labels, "its name holds a tab or a line break"
+        n_samples, problem = count_samples(file[0])
+        return name, n_samples, labels, problem
+
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
-        found = list(tqdm(pool.map(probe, paths), total=len(paths), desc="scan", unit="file"))
-    found += [(os.path.relpath(error.filename, folder), 0, f"folder: {error.strerror}") for error in refused]
-    good, bad = [row for row in found if not row[2]], [row for row in found if row[2]]
+        rows = list(tqdm(pool.map(measure, files), total=len(files), desc="scan", unit="file"))
+    good, bad = [row for row in rows if not row[3]], [(row[0], row[3]) for row in rows if row[3]] + bad
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     if bad:
-        write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, _, problem in bad))
+        write_lines(f"{output}.bad", (f"{name!r}\t{problem}" for name, problem in bad))
     if not good:
         raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
-    write_lines(output, [os.path.abspath(folder), *(f"{name}\t{n_samples}" for name, n_samples, _ in good)])
-    hours = sum(n_samples for _, n_samples, _ in good) / SAMPLE_RATE / 3600
+    lines = ("\t".join([name, str(n_samples), labels][: 3 if labels else 2]) for name, n_samples, labels, _ in good)
+    write_lines(output, [os.path.abspath(folder), *lines])
+    hours = sum(row[1] for row in good) / SAMPLE_RATE / 3600
     left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
-    others = f"; {len(files) - len(paths)} files of other kinds" if len(files) > len(paths) else ""
-    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}{others}")
+    return f"{output}: {len(good)} clips, {hours:.2f} h{left_out}"
+
+
+def scan(folder: str, output: str) -> None:
+    """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad."""
+    paths, n_others, refused = find_audio(folder)
+    said = write_manifest(output, folder, [(path, "") for path in paths], refused)
+    print(said + (f"; {n_others} files of other kinds" if n_others else ""))
+
+
+def read_csv(path: str | os.PathLike, **format) -> list[list[str]]:
+    """Rows of a table without its lines that begin with '#'. Raises InputError if it cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [row for row in csv.reader((line for line in file if not line.startswith("#")), **format) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def esc50(folder: str, output: str) -> None:
+    """Manifests of ESC-50's five folds: trainK.tsv and testK.tsv, where testK.tsv is fold K and trainK.tsv the others.
+
+    `folder` is laid out as published: meta/esc50.csv (filename, fold, target, category, ...) and audio/.
+    """
+    rows = read_csv(Path(folder, "meta", "esc50.csv"))
+    header, rows = rows[0] if rows else [], rows[1:]
+    if not {"filename", "fold", "category"} <= set(header) or not rows:
+        raise InputError(f"{folder}/meta/esc50.csv is not the table of ESC-50: it begins with {','.join(header)}")
+    clips = [dict(zip(header, row)) for row in rows]
+    audio = Path(folder, "audio")
+    missing = [(clip["filename"], "no such file") for clip in clips if not (audio / clip["filename"]).is_file()]
+    absent = {name for name, _ in missing}
+    for fold in sorted({clip["fold"] for clip in clips}):
+        for part in ("train", "test"):
+            mine = [clip for clip in clips if (clip["fold"] == fold) == (part == "test")]
+            files = [(audio / clip["filename"], clip["category"]) for clip in mine if clip["filename"] not in absent]
+            lost = [(clip["filename"], "no such file") for clip in mine if clip["filename"] in absent]
+            print(write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files, lost))
+
+
+def speechcommands(folder: str, output: str) -> None:
+    """Manifests of Speech Commands with its official split: train.tsv, valid.tsv and test.tsv.
+
+    `folder` is laid out as published: a folder a word, validation_list.txt and testing_list.txt.
+    """
+    listed = {}
+    for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
+        for row in read_csv(Path(folder, name), delimiter="\n", quoting=csv.QUOTE_NONE):
+            listed[row[0].strip()] = part
+    paths, _, _ = find_audio(folder)
+    files: dict[str, list] = dict(train=[], valid=[], test=[])
+    for path in paths:
+        relative = path.relative_to(folder)
+        if len(relative.parts) == 2 and not relative.parts[0].startswith("_"):  # _background_noise_ is not a word
+            files[listed.pop(relative.as_posix(), "train")].append((path, relative.parts[0]))
+    for part in files:
+        missing = [(name, "no such file") for name, where in listed.items() if where == part]
+        print(write_manifest(f"{output}/{part}.tsv", folder, files[part], missing))
+
+
+def audioset(segments: str, labels: str, folder: str, output: str) -> None:
+    """A manifest of the clips of an AudioSet list that are below `folder`; the missing ones go to `output`.bad.
+
+    `segments` as published (YTID, start, end, "label,label"), `labels` is class_labels_indices.csv; a clip's file is
+    known by the 11 characters of its YTID at the beginning of the name, or behind a Y.
+    """
+    known = read_classes(labels)
+    rows = read_csv(segments, skipinitialspace=True)
+    if not rows or any(len(row) < 4 for row in rows):
+        raise InputError(f"{segments} is not a list of AudioSet segments: YTID, start_seconds, end_seconds, labels")
+    by_id = {}
+    for path in find_audio(folder)[0]:
+        if len(path.stem) > 11 and path.stem[0] == "Y":
+            by_id.setdefault(path.stem[1:12], path)
+        if len(path.stem) == 11 or path.stem[11:12] in ("_", "-", "."):
+            by_id[path.stem[:11]] = path
+    files, missing = [], []
+    for row in rows:
+        tags = row[3].split(",")
+        if unknown := [tag for tag in tags if tag not in known]:
+            raise InputError(f"{segments}: {row[0]} has the label {unknown[0]!r}, which {labels} does not list")
+        if row[0] in by_id:
+            files.append((by_id[row[0]], ",".join(tags)))
+        else:
+            missing.append((row[0], "no such file"))
+    print(write_manifest(output, folder, files, missing) + f"; {len(missing)} of {len(rows)} clips missing")
 
 
 def stats(source: str, max_clips: int, workers: int) -> tuple[float, float]:
@@ -694,6 +885,17 @@ def main() -> None:
     command = commands.add_parser("scan", help="write a manifest of every audio file below a folder")
     command.add_argument("folder")
     command.add_argument("-o", "--output", required=True)
+    command = commands.add_parser("esc50", help="manifests of ESC-50's folds")
+    command.add_argument("folder", help="ESC-50-master: meta/esc50.csv and audio/")
+    command.add_argument("-o", "--output", required=True, help="folder for train1.tsv, test1.tsv, ...")
+    command = commands.add_parser("speechcommands", help="manifests of Speech Commands' official split")
+    command.add_argument("folder", help="a folder a word, validation_list.txt, testing_list.txt")
+    command.add_argument("-o", "--output", required=True, help="folder for train.tsv, valid.tsv, test.tsv")
+    command = commands.add_parser("audioset", help="manifest of AudioSet clips")
+    command.add_argument("segments", help="balanced_train_segments.csv, for example")
+    command.add_argument("labels", help="class_labels_indices.csv")
+    command.add_argument("folder", help="where the clips are")
+    command.add_argument("-o", "--output", required=True, help="manifest")
     command = commands.add_parser("stats", help="print the mean and std to normalise with")
     command.add_argument("source", help="manifest or packed folder")
     command.add_argument("--max_clips", type=int, default=10_000)
@@ -704,7 +906,7 @@ def main() -> None:
     command.add_argument("--workers", type=int, default=os.cpu_count())
     args = vars(parser.parse_args())
     try:
-        dict(scan=scan, stats=stats, pack=pack)[args.pop("command")](**args)
+        {f.__name__: f for f in (scan, stats, pack, esc50, speechcommands, audioset)}[args.pop("command")](**args)
     except (InputError, OSError) as error:
         sys.exit(f"data.py: {error}")
     except KeyboardInterrupt:

@@ -22,21 +22,18 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import signal
 import sys
 import time
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -44,18 +41,27 @@ from tqdm import tqdm
 from data import (
     AudioDataset,
     Batch,
-    Clip,
     ClipSampler,
     InputError,
     build_loader,
-    collate,
     first_line,
     seed_of,
     spectrogram,
     write_lines,
 )
+from evaluate import init_distributed, open_labelled, probe
 from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
-from model import EAT, MAX_PATCH_ROWS, MODELS, Encoder, ModelConfig, make_targets
+from model import (
+    EAT,
+    MAX_PATCH_ROWS,
+    MODELS,
+    AudioInput,
+    CheckpointError,
+    Encoder,
+    ModelConfig,
+    load_checkpoint,
+    make_targets,
+)
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
 
@@ -67,9 +73,10 @@ class PretrainConfig:
     data: str = ""  # manifest (.tsv) or packed folder to train on
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
     model: str = "base"  # base (ViT-B), large (ViT-L), small, demo or tiny: rows of model.MODELS
-    clip_frames: int = 1024  # frames of 10 ms per clip; shorter clips are padded
-    norm_mean: float = -4.268  # of the log-mel values (AudioSet); python data.py stats prints yours
-    norm_std: float = 4.569  # likewise; values are divided by twice this
+    init: str = ""  # start from the student and teacher of this pre-training checkpoint, own or released
+    clip_frames: int = AudioInput.clip_frames  # frames of 10 ms per clip; shorter clips are padded
+    norm_mean: float = AudioInput.norm_mean  # of the log-mel values (AudioSet); python data.py stats prints yours
+    norm_std: float = AudioInput.norm_std  # likewise; values are divided by twice this
     min_samples: int = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
 
     mask: str = "block"  # block, flexible (block shape drawn per clip) or random
@@ -110,8 +117,8 @@ class PretrainConfig:
     stop_on_collapse: bool = False  # stop, rather than warn, when targets or predictions are nearly constant
     timeout: float = 10.0  # minutes after which a process that hangs ends the job
 
-    probe_train: str = ""  # labelled manifest: fit a linear probe on the frozen encoder, before and after training
-    probe_test: str = ""  # labelled manifest to score the probe on
+    probe_manifest: str = ""  # labelled manifest: what the frozen encoder knows of it, before and after training
+    probe_test: str = ""  # labelled manifest to score the probes on; without it, every fourth clip of the other
     probe_every: int = 0  # also probe every so many updates, 0 = not
 
     @property
@@ -136,13 +143,14 @@ PRESETS = {
         data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=64, min_samples=1600,
         mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0,
         ema_decay=0.99, ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100,
-        workers=1, log_every=50, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+        workers=1, log_every=50, save_every=100,
+        probe_manifest=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
     ),
 }  # fmt: skip
 
 # What may change when a run is continued; everything else would make it another experiment.
 MAY_CHANGE = set(  # data: the path may, the clips may not
-    "data out_dir accumulate compile workers log_every save_every probe_train probe_test probe_every "
+    "data out_dir accumulate compile workers log_every save_every probe_manifest probe_test probe_every "
     "max_bad_fraction max_skipped stop_on_collapse timeout".split()
 )
 
@@ -171,26 +179,6 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     return cls(**values)
 
 
-def init_distributed(timeout: float) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, if it did: (rank, world size, this process's device).
-
-    A process that waits `timeout` minutes for the others fails, and torchrun then ends the job.
-    """
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        sys.exit(f"{torch.cuda.device_count()} GPUs here: start at most that many processes (--nproc_per_node)")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        # torchrun's restarts share one store, and would find the addresses of dead processes in it (pytorch#135712)
-        store, rank, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    return int(os.environ.get("RANK", 0)), world, device
-
-
 def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
     """Learning rate of the update that follows `step` completed ones: linear from min_lr to peak, then cosine back.
 
@@ -201,8 +189,8 @@ def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) 
     return min_lr + (peak - min_lr) / 2 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
 
 
-def save_checkpoint(path: Path, **state) -> None:
-    """Write tensors and plain values to `path`, whole or not at all; the file it replaces becomes previous.pt.
+def save_checkpoint(path: Path, keep: bool = True, **state) -> None:
+    """Write tensors and plain values to `path`, whole or not at all; the file it replaces becomes previous.pt (`keep`).
 
     Raises OSError or RuntimeError if the disk does not take it; what was there is then still there.
     """
@@ -212,29 +200,11 @@ def save_checkpoint(path: Path, **state) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if keep and path.exists():
             os.replace(path, path.with_name("previous.pt"))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, on the CPU. Raises InputError if the file is missing, damaged or not plain data.
-
-    torch.load does not compare the checksums that the file, a zip archive, holds for each tensor; zipfile does.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise InputError(f"{path} is damaged: {damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} holds more than tensors and plain values: refused, it may be malicious") from None
-    except Exception as error:  # whatever zipfile, pickle and torch make of bytes that are not theirs
-        raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def log(out_dir: Path, record: dict) -> None:
@@ -279,7 +249,7 @@ def draw_masks(config: PretrainConfig, step: int, device: torch.device) -> Tenso
     return inverse_block_mask(n, block=block, adjust=config.mask_adjust, **common)
 
 
-def draw_noise(config: PretrainConfig, step: int, clips: range, device: torch.device) -> Tensor:
+def draw_noise(config: PretrainConfig, step: int, clips: list[int], device: torch.device) -> Tensor:
     """What the decoder sees at masked places, for some clips of an update: (len(clips) * C, N, D)."""
     (H, W), generator = config.grid, torch.Generator(device)
     noise = torch.empty(len(clips), config.clones, H * W, config.network.width, device=device)
@@ -294,11 +264,10 @@ def micro_batches(
     """This process's parts of an update: (spec (B, 1, F, M), mask (B*C, N), noise (B*C, N, D))."""
     masks = draw_masks(config, step, device).view(config.batch_size, config.clones, -1)     # (batch_size, C, N)
     for micro in range(config.accumulate):
-        waveform, n_samples, _ = next(batches)
-        waveform, n_samples = (x.to(device, non_blocking=True) for x in (waveform, n_samples))
+        waveform, n_samples = (x.to(device, non_blocking=True) for x in next(batches)[:2])
         spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)          # (B, 1, F, M)
         rows = sampler.rows(micro)
-        noise = draw_noise(config, step, range(rows.start, rows.stop), device)              # (B*C, N, D)
+        noise = draw_noise(config, step, rows, device)                                      # (B*C, N, D)
         yield spec, masks[rows].flatten(0, 1), noise
 
 
@@ -372,120 +341,73 @@ def param_groups(model: nn.Module, config: PretrainConfig) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear probe: what the frozen encoder knows about labels it was never shown
 
 
-def open_labelled(manifest: str, config: PretrainConfig) -> tuple[AudioDataset, list[str]]:
-    """A labelled manifest and the first label of each clip. Raises InputError if one has none."""
-    dataset = AudioDataset(manifest, config.clip_frames, segments=False)
-    labels = [next(iter(dataset.labels(i)), "") for i in range(len(dataset))]
-    if not all(labels):
-        raise InputError(f"{manifest}: {dataset.name(labels.index(''))} has no label (third column)")
-    return dataset, labels
+def check_numbers(config, positive: str, fractions: str, signed: str = "norm_mean") -> None:
+    """Refuse numbers that cannot work: the names of those above 0, of those from 0 to 1, of those that may be negative.
 
-
-@torch.no_grad()
-def extract_features(
-    encoder: Encoder, manifest: str, config: PretrainConfig, device: torch.device
-) -> tuple[Tensor, list[str]]:
-    """CLS token and mean patch token of each labelled clip, (n, 2D) fp32 on the CPU, and the clips' labels."""
-    dataset, labels = open_labelled(manifest, config)
-    features, kept, n_bad = [], [], 0
-    for items in tqdm(torch.arange(len(dataset)).split(32), desc="probe", leave=False, disable=None):
-        clips = []
-        for i in items.tolist():
-            try:
-                clips.append(Clip(dataset.read(i), i, ""))
-            except InputError:
-                n_bad += 1
-        if not clips:
-            continue
-        kept += [labels[clip.index] for clip in clips]
-        batch = collate(clips, config.clip_frames)
-        spec = spectrogram(batch.waveform.to(device), batch.n_samples.to(device), config.norm_mean, config.norm_std)
-        tokens = encoder(spec)                                                              # (32, 1+N, D)
-        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).cpu())      # (32, 2D)
-    if n_bad:
-        tqdm.write(f"WARNING: {n_bad} clips of {manifest} cannot be used, the probe does without them")
-    if not features:
-        raise InputError(f"{manifest}: none of its clips can be used")
-    return torch.cat(features), kept
-
-
-def linear_probe(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]], decay: float = 1e-2) -> float:
-    """Accuracy on `test` of a logistic regression fitted to `train`, both (features (n, D), labels): 0 to 1."""
-    (x, labels), (x_test, labels_test) = train, test
-    classes = {label: i for i, label in enumerate(sorted(set(labels)))}
-    y, y_test = (torch.tensor([classes.get(label, -1) for label in some]) for some in (labels, labels_test))
-    mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    weight = torch.zeros(len(classes), x.shape[1] + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight[:, :-1], weight[:, -1]), y) + decay * weight[:, :-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    prediction = F.linear(x_test, weight[:, :-1], weight[:, -1]).argmax(1)
-    return (prediction == y_test).float().mean().item()
-
-
-def probe(encoder: Encoder, config: PretrainConfig, device: torch.device) -> float:
-    """Accuracy of a linear probe fitted on probe_train and scored on probe_test."""
-    paths = (config.probe_train, config.probe_test)
-    return linear_probe(*(extract_features(encoder, path, config, device) for path in paths))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_config(config: PretrainConfig, world: int) -> None:
-    """Refuse settings that cannot work, before anything is loaded or written. Raises InputError."""
-    positive = (
-        "clip_frames norm_std clones ema_anneal batch_size accumulate updates lr clip_norm log_every save_every "
-        "max_skipped timeout".split()
-    )
-    fractions = "mask_ratio mask_adjust ema_decay ema_decay_end beta1 beta2 max_bad_fraction".split()
-    signed = ["norm_mean"]
+    Raises InputError.
+    """
     for name, value in asdict(config).items():
         if isinstance(value, str):
             continue
         if not math.isfinite(value) or (isinstance(value, int) and value >= 2**62):
             raise InputError(f"--{name} must be a number of reasonable size, not {value}")
-        if name in positive and value <= 0:
+        if name in positive.split() and value <= 0:
             raise InputError(f"--{name} must be above 0, not {value}")
-        if name in fractions and not 0 <= value <= 1:
+        if name in fractions.split() and not 0 <= value <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, not {value}")
-        if name not in signed and value < 0:
+        if name not in signed.split() and value < 0:
             raise InputError(f"--{name} must not be negative, got {value}")
     if config.beta1 == 1 or config.beta2 == 1:
         raise InputError("--beta1 and --beta2 must be below 1")
-    choices_of = dict(model=MODELS, mask=("block", "flexible", "random"), amp=("auto", "bf16", "fp16", "fp32"))
+
+
+def check_choices(config, **choices_of: Iterable[str]) -> None:
+    """Refuse words that are not among the choices. Raises InputError."""
     for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
             raise InputError(f"--{name} {getattr(config, name)}: choose from {', '.join(choices)}")
+
+
+AMP = ("auto", "bf16", "fp16", "fp32")
+
+
+def check_config(config: PretrainConfig, world: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded or written. Raises InputError."""
+    check_numbers(
+        config,
+        positive="clip_frames norm_std clones ema_anneal batch_size accumulate updates lr clip_norm log_every "
+        "save_every max_skipped timeout",
+        fractions="mask_ratio mask_adjust ema_decay ema_decay_end beta1 beta2 max_bad_fraction",
+    )
+    check_choices(config, model=MODELS, mask=("block", "flexible", "random"), amp=AMP)
+    check_batch(config, world)
     if config.grid[0] > MAX_PATCH_ROWS:
         raise InputError(f"--clip_frames {config.clip_frames}: at most {MAX_PATCH_ROWS * config.network.patch_size}")
-    if not config.data:
-        raise InputError("--data is missing: a manifest (python data.py scan makes one) or a packed folder")
     if not 0 <= config.target_layers <= config.network.depth:
         raise InputError(f"--target_layers {config.target_layers}: {config.model} has {config.network.depth} blocks")
-    if config.batch_size % (world * config.accumulate):
-        parts = f"{world} processes x {config.accumulate} parts (--accumulate)"
-        raise InputError(f"--batch_size {config.batch_size} does not divide over {parts}")
-    if bool(config.probe_train) != bool(config.probe_test):
-        raise InputError("--probe_train and --probe_test go together")
+    if config.probe_test and not config.probe_manifest:
+        raise InputError("--probe_test needs --probe_manifest")
     try:
         draw_masks(dataclasses.replace(config, batch_size=1, clones=1), 0, torch.device("cpu"))
     except ValueError as error:
         raise InputError(f"--mask: {error}") from None
 
 
-def open_run(config: PretrainConfig, data_digest: str) -> IO:
+def check_batch(config, world: int) -> None:
+    """Refuse a missing data set, and a batch that does not divide over processes and parts. Raises InputError."""
+    if not config.data:
+        raise InputError("--data is missing: a manifest (python data.py scan makes one) or a packed folder")
+    if config.batch_size % (world * config.accumulate):
+        parts = f"{world} processes x {config.accumulate} parts (--accumulate)"
+        raise InputError(f"--batch_size {config.batch_size} does not divide over {parts}")
+
+
+def open_run(config, may_change: set[str], **digests: str) -> IO:
     """Make the run folder, or make sure that it belongs to these settings; returns a lock to hold during the run.
+
+    Settings in `may_change` may differ from those of the run found there, the digests of its data may not.
 
     The lock ends with its process, however that ends. Raises InputError if the folder is in use or is another run's.
     """
@@ -498,13 +420,13 @@ def open_run(config: PretrainConfig, data_digest: str) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"another process is running in {out_dir}: wait for it or choose another --out_dir") from None
-    new = asdict(config) | dict(data_digest=data_digest)
+    new = asdict(config) | digests
     if not any(out_dir.glob("*.pt")) and not any(out_dir.glob("*.damaged")):  # nothing to continue yet
         write_lines(out_dir / "config.json", [json.dumps(new, indent=1)])
         return lock
     try:
         old = json.loads((out_dir / "config.json").read_text())
-        changed = [k for k in new.keys() | old.keys() if k not in MAY_CHANGE and old.get(k) != new.get(k)]
+        changed = [k for k in new.keys() | old.keys() if k not in may_change and old.get(k) != new.get(k)]
     except (ValueError, AttributeError):
         raise InputError(f"{out_dir / 'config.json'} is damaged: restore it or choose another --out_dir") from None
     if changed:
@@ -523,7 +445,7 @@ def newest_checkpoint(out_dir: Path) -> str | None:
     for path in filter(Path.exists, (last, previous)):
         try:
             load_checkpoint(path)
-        except InputError as error:
+        except CheckpointError as error:
             damage = damage or str(error)
             continue
         if damage:
@@ -544,29 +466,27 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[amp]
 
 
-def make_scaler(amp_dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+def make_scaler(amp_dtype: torch.dtype, device: torch.device, growth_interval: int = 4096) -> torch.amp.GradScaler:
     """Loss scaling for fp16 as released: 2^7 at first, doubled after 4096 good updates (fairseq fp16_optimizer.py)."""
     is_half = amp_dtype == torch.float16
-    return torch.amp.GradScaler(device.type, init_scale=2.0**7, growth_interval=4096, enabled=is_half)
+    return torch.amp.GradScaler(device.type, init_scale=2.0**7, growth_interval=growth_interval, enabled=is_half)
 
 
-def prepare(config: PretrainConfig, rank: int, world: int) -> tuple[AudioDataset, str | None, IO | None]:
-    """Check settings and data, then open the run folder: (data, checkpoint to resume, lock of the run folder).
+def prepare(config, rank: int, world: int, check: Callable, may_change: set[str]) -> tuple[Any, str | None, IO | None]:
+    """Check settings and data, then open the run folder: (what check returns, checkpoint to resume, the folder's lock).
 
-    Ends all processes, with one line, if anything is wrong on any of them.
+    `check(config, world)` returns (anything, digests of the data) or raises. Ends all processes, with one line, if
+    anything is wrong on any of them.
     """
-    dataset, checkpoint, lock, error = None, None, None, ""
+    checked, digests, checkpoint, lock, error = None, {}, None, None, ""
     try:
-        check_config(config, world)
-        dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
-        for path in filter(None, (config.probe_train, config.probe_test)):
-            open_labelled(path, config)
-    except (InputError, OSError) as problem:
+        checked, digests = check(config, world)
+    except (InputError, CheckpointError, OSError) as problem:
         error = str(problem)
     end_together(error, rank, world)
     try:
         if rank == 0:
-            lock = open_run(config, dataset.digest())
+            lock = open_run(config, may_change, **digests)
             checkpoint = newest_checkpoint(Path(config.out_dir))
     except (InputError, OSError) as problem:
         error = str(problem)
@@ -574,7 +494,7 @@ def prepare(config: PretrainConfig, rank: int, world: int) -> tuple[AudioDataset
     chosen = [checkpoint]
     if world > 1:
         dist.broadcast_object_list(chosen)
-    return dataset, chosen[0], lock
+    return checked, chosen[0], lock
 
 
 def end_together(error: str, rank: int, world: int) -> None:
@@ -585,16 +505,29 @@ def end_together(error: str, rank: int, world: int) -> None:
         dist.all_gather_object(errors, error)
     if any(errors):
         if rank == 0:
-            print(f"pretrain.py: {next(filter(None, errors))}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {next(filter(None, errors))}", file=sys.stderr)
         sys.exit(2)
+
+
+def restore(path: Path, parts_of_run: dict) -> dict:
+    """Give the parts of a run the state that a checkpoint holds; returns the checkpoint. Raises InputError."""
+    state = load_checkpoint(path)
+    try:
+        for name, part in parts_of_run.items():
+            part.load_state_dict(state[name])
+        int(state["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
+    return state
 
 
 class Stop:
     """A wish to stop, by a signal to any process or by rank 0, on which all processes agree after each update."""
 
-    def __init__(self, world: int):
-        self.code, self.reason = 0, ""
-        self.group = dist.new_group(backend="gloo") if world > 1 else None  # on the CPU: never waits for the GPU
+    def __init__(self, world: int, timeout: float):
+        self.code, self.reason, limit = 0, "", datetime.timedelta(minutes=timeout)
+        # on the CPU: never waits for the GPU
+        self.group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
@@ -644,17 +577,32 @@ def read_bad_files(path: Path) -> set[str]:
     return {line.split("\t")[0] for line in path.read_text(errors="surrogateescape").splitlines()}
 
 
+def check(config: PretrainConfig, world: int) -> tuple[tuple[AudioDataset, tuple[EAT, Encoder] | None], dict[str, str]]:
+    """Check the settings and open what they name: ((data, weights to start from), digests of the data)."""
+    check_config(config, world)
+    dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
+    if config.probe_manifest:
+        *_, classes = open_labelled(config.probe_manifest, AudioInput(clip_frames=config.clip_frames))
+        if config.probe_test:
+            open_labelled(config.probe_test, AudioInput(clip_frames=config.clip_frames), classes)
+    weights = EAT.from_pretrained(config.init) if config.init else None
+    if weights and weights[0].config != config.network:
+        raise InputError(f"--init {config.init} is of another size than --model {config.model}")
+    return (dataset, weights), dict(data_digest=dataset.digest())
+
+
 def train(config: PretrainConfig) -> int:
     """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
     torch.backends.cudnn.allow_tf32 = False  # --amp fp32 means fp32, in convolutions too
     rank, world, device = init_distributed(config.timeout)
-    dataset, checkpoint, _lock = prepare(config, rank, world)
+    (dataset, weights), checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
     out_dir, is_main = Path(config.out_dir), rank == 0
 
     # Student, teacher, optimizer
     torch.manual_seed(config.seed)
-    student = EAT(config.network).to(device)
-    teacher = copy.deepcopy(student.encoder).requires_grad_(False).eval()
+    student, teacher = weights or (EAT(config.network), None)
+    student.to(device).train()
+    teacher = (teacher or copy.deepcopy(student.encoder)).to(device).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
         param_groups(student, config), lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )
@@ -663,16 +611,7 @@ def train(config: PretrainConfig) -> int:
     parts_of_run = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     # Resume
-    start = 0
-    if checkpoint is not None:
-        state = load_checkpoint(out_dir / checkpoint)
-        try:
-            start = state["step"]
-            for name, part in parts_of_run.items():
-                part.load_state_dict(state[name])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{out_dir / checkpoint} is not a checkpoint of this run: {first_line(error)}") from None
-        del state
+    start = restore(out_dir / checkpoint, parts_of_run)["step"] if checkpoint is not None else 0
     if is_main:
         trim_log(out_dir, start)
         n_parameters = sum(p.numel() for p in student.parameters())
@@ -684,7 +623,7 @@ def train(config: PretrainConfig) -> int:
             print(f"WARNING: --warmup {config.warmup} takes longer than the run: the learning rate only rises")
 
     # Data: the stream of clips from update `start` on
-    stop = Stop(world)
+    stop = Stop(world, config.timeout)
     sampler = ClipSampler(len(dataset), config.batch_size, config.seed, start, rank, world, config.accumulate)
     feed = Feed(build_loader(dataset, sampler, config.workers, pin_memory=device.type == "cuda"), dataset, out_dir)
     if is_main:
@@ -699,9 +638,11 @@ def train(config: PretrainConfig) -> int:
     )
 
     def run_probe(step: int) -> None:
-        if is_main and config.probe_train:
-            log(out_dir, dict(step=step, probe_accuracy=probe(student.encoder, config, device)))
-        stop.agreed()  # the others wait here, where their patience is longest
+        if config.probe_manifest:
+            audio = AudioInput(clip_frames=config.clip_frames, norm_mean=config.norm_mean, norm_std=config.norm_std)
+            found = probe(student.encoder, audio, config.probe_manifest, config.probe_test, device, config.workers)
+            if is_main:
+                log(out_dir, dict(step=step, **found))
 
     def save(step: int) -> None:
         state = {name: part.state_dict() for name, part in parts_of_run.items()}
@@ -823,16 +764,21 @@ def trim_log(out_dir: Path, step: int) -> None:
         write_lines(path, kept)
 
 
-def main() -> None:
-    config = parse_config(PretrainConfig, PRESETS)
+def run_script(train: Callable[..., int], config) -> None:
+    """Run a training to its exit status; what the user can mend is told in one line."""
+    name = Path(sys.argv[0]).name
     try:
         sys.exit(train(config))
     except KeyboardInterrupt:  # before the first update; later ones are handled by Stop
-        sys.exit("pretrain.py: interrupted before the first update")
+        sys.exit(f"{name}: interrupted before the first update")
     except OSError as error:
-        sys.exit(f"pretrain.py: {error}; the same command goes on from the last checkpoint in {config.out_dir}")
-    except InputError as error:  # one from a loader process comes with a traceback, its own words last
-        sys.exit(f"pretrain.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+        sys.exit(f"{name}: {error}; the same command goes on from the last checkpoint in {config.out_dir}")
+    except (InputError, CheckpointError) as error:  # one from a loader process comes with a traceback, its words last
+        sys.exit(f"{name}: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+
+
+def main() -> None:
+    run_script(train, parse_config(PretrainConfig, PRESETS))
 
 
 if __name__ == "__main__":

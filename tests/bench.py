@@ -134,7 +134,7 @@ def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]
 def _agree(rank: int, port: int, answer) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    stop = pretrain.Stop(2)
+    stop = pretrain.Stop(2, timeout=1)
     answer[rank] = median_seconds(stop.agreed, 1000, 100)
 
 

@@ -26,7 +26,6 @@ from pretrain import (
     draw_noise,
     ema_decay,
     ema_update,
-    linear_probe,
     parse_config,
 )
 
@@ -156,7 +155,7 @@ def test_wrong_flags_are_one_line(capsys, argv):
         (dict(mask="blocks"), "choose from block"),
         (dict(data=""), "--data is missing"),
         (dict(target_layers=13), "12 blocks"),
-        (dict(probe_train="x"), "go together"),
+        (dict(probe_test="x"), "needs --probe_manifest"),
         (dict(seed=-1), "negative"),
         (dict(lr=math.nan), "reasonable size"),
         (dict(seed=2**70), "reasonable size"),
@@ -185,18 +184,6 @@ def test_decay_can_spare_biases_and_norms():
         and all(p.ndim == 1 for p in spared["params"])
         and all(p.ndim > 1 for p in decayed["params"])
     )
-
-
-# --- probe -----------------------------------------------------------------------------------------------------------
-
-
-def test_linear_probe_finds_what_is_linear():
-    generator = torch.Generator().manual_seed(0)
-    centers = 2 * torch.randn(3, 10, generator=generator)
-    y = torch.arange(300) % 3
-    x, names = centers[y] + torch.randn(300, 10, generator=generator), [f"class {i}" for i in y]
-    assert linear_probe((x[:200], names[:200]), (x[200:], names[200:])) > 0.9
-    assert linear_probe((x[:200], names[:200]), (x[200:], ["unseen"] * 100)) == 0
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -294,7 +281,7 @@ def test_bad_files_are_skipped_and_listed(folder, script):
         (["--data", "."], "is not a packed folder"),
         (["--data", "manifest.tsv", "--batch_size", 7], "does not divide over 2 processes"),
         (
-            ["--data", "manifest.tsv", "--probe_train", "a.tsv", "--probe_test", "a.tsv"],
+            ["--data", "manifest.tsv", "--probe_manifest", "a.tsv"],
             "cannot read the manifest a.tsv",
         ),
     ],
@@ -368,5 +355,5 @@ def test_the_demo_preset_is_complete():
     config = dataclasses.replace(BASE, **PRESETS["demo"])
     pretrain.check_config(config, world=2)
     assert (
-        (ROOT / config.data).exists() and (ROOT / config.probe_train).exists() and (ROOT / config.probe_test).exists()
+        (ROOT / config.data).exists() and (ROOT / config.probe_manifest).exists() and (ROOT / config.probe_test).exists()
     )

@@ -89,7 +89,7 @@ def test_data_commands_run(tmp_path):
 
 def test_snippets_run(tmp_path, script, monkeypatch):
     """In order, in one session, after two updates of the demo."""
-    short = ["--updates", 2, "--warmup", 1, "--batch_size", 4, "--probe_train", "", "--probe_test", ""]
+    short = ["--updates", 2, "--warmup", 1, "--batch_size", 4, "--probe_manifest", "", "--probe_test", ""]
     out = script("pretrain.py", "--preset", "demo", *short).stdout
     assert "next: python data.py scan" in out
     os.symlink(ROOT / "assets", tmp_path / "assets")

@@ -1,0 +1,621 @@
+"""Fine-tune an encoder to classify audio (EAT paper, Sec. 3.4 and Table 4), or probe it frozen.
+
+    python finetune.py --preset demo                                   laptop, after python pretrain.py --preset demo
+    python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes labels.csv
+    python finetune.py --preset esc50 --init CKPT --data "train{fold}.tsv" --eval_data "test{fold}.tsv" --fold all
+    torchrun --nproc_per_node=4 finetune.py --preset as2m ...          any preset, on any number of processes
+
+CKPT is anything model.read_pretrained knows, or `scratch`. The run folder `--out_dir` gets config.json, log.jsonl (also
+the scores of each evaluation), bad_files.tsv, last.pt, previous.pt and best.pt, the best by `--metric`; the same
+command started again goes on from there. Presets are the released scripts' settings; where the paper's differ, flags
+give them (README.md). Citations such as utils/mixup.py:22 point into the released code (github.com/cwx-worst-one/EAT
+at 06c1c34).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (
+    AudioDataset,
+    Batch,
+    ClipSampler,
+    InputError,
+    build_loader,
+    find_classes,
+    first_line,
+    read_classes,
+    read_targets,
+    sampling_weights,
+    seed_of,
+    spectrogram,
+    to_float,
+)
+from evaluate import PROBE_LAYERS, init_distributed, open_labelled, probe, score_manifest
+from model import MAX_PATCH_ROWS, MODELS, AudioClassifier, AudioInput, Encoder
+from pretrain import (
+    AMP,
+    DEMO,
+    Feed,
+    Stop,
+    check_batch,
+    check_choices,
+    check_numbers,
+    cosine_lr,
+    log,
+    make_scaler,
+    parse_config,
+    peak_memory_gib,
+    pick_precision,
+    prepare,
+    read_bad_files,
+    restore,
+    run_script,
+    save_checkpoint,
+    trim_log,
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The rows of the paper's Table 4 for fine-tuning; the defaults are the released AS-2M script's."""
+
+    data: str = ""  # labelled manifest or packed folder to train on; {fold} in it stands for --fold
+    eval_data: str = ""  # the same to evaluate on
+    classes: str = ""  # class_labels_indices.csv, or a file with a label a line; without it, the labels of --data
+    out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
+    init: str = ""  # checkpoint to start from, own or released, or scratch
+    model: str = "base"  # size of --init scratch: rows of model.MODELS
+    fold: str = ""  # number of one fold of a cross-validation, or all
+    clip_frames: int = AudioInput.clip_frames  # frames of 10 ms per clip; longer clips are cut, shorter ones padded
+    norm_mean: float = AudioInput.norm_mean  # of the log-mel values (AudioSet); python data.py stats prints yours
+    norm_std: float = AudioInput.norm_std  # likewise; values are divided by twice this
+    min_samples: int = 10_000  # shorter clips are left out of the training (released code; samples at 16 kHz)
+
+    loss: str = "bce_positives"  # bce_positives (BCE / positive labels of the batch), bce (BCE / clips) or ce (softmax)
+    metric: str = "mAP"  # mAP or accuracy: chooses best.pt
+    pooling: str = "cls"  # cls token or mean of the patches
+    label_smoothing: float = 0.0  # of ce without mixup, in training only (released code)
+    drop_path: float = 0.1  # rate of the last block, rising linearly from 0
+    layer_decay: float = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
+
+    mixup: float = 0.8  # alpha of the Beta distribution, 0 = no mixup
+    mixup_prob: float = 0.9  # share of the updates that mix (released code)
+    specaug_freq: float = 0.2  # largest masked part of the mel bins
+    specaug_time: float = 0.2  # and of the frames
+    roll: bool = True  # turn each waveform around by a random part, with a random gain
+    noise: bool = False  # add uniform noise and move each spectrogram by up to 10 frames
+    weighted: bool = True  # draw clips so that rare classes are heard
+    epoch_clips: int = 200_000  # clips of an epoch if weighted
+
+    batch_size: int = 96  # clips per update, over all processes
+    accumulate: int = 1  # parts that a process divides its clips into, to save memory
+    updates: int = 300_000  # about 15 passes over AS-2M
+    lr: float = 5e-5  # peak learning rate of everything above the blocks
+    min_lr: float = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
+    warmup: int = 30_000  # updates of linear warm-up, then cosine decay
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.05  # AdamW, on everything (released code)
+    clip_norm: float = 0.0  # largest gradient norm, 0 = any
+
+    probe: str = ""  # linear or knn: no training, a probe of the frozen encoder
+    probe_layer: str = "last"  # of the probe: last, mean of all blocks, or mix (weights learned, linear only)
+    compare: bool = False  # one table: fine-tuned from --init and from scratch, probes of both
+
+    amp: str = "auto"  # bf16, fp16 or fp32; auto: bf16 or else fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile the network
+    workers: int = 4  # loader processes per training process, one for each core at most
+    log_every: int = 100  # updates between log lines
+    save_every: int = 1000  # updates between checkpoints
+    eval_every: int = 0  # updates between evaluations, 0 = an epoch
+    seed: int = 1  # of everything random
+
+    max_bad_fraction: float = 0.05  # stop if more of the clips read than this cannot be used
+    max_skipped: int = 50  # stop after so many updates in a row whose gradient is not finite
+    timeout: float = 10.0  # minutes after which a process that hangs ends the job
+
+    @property
+    def audio(self) -> AudioInput:
+        return AudioInput(clip_frames=self.clip_frames, norm_mean=self.norm_mean, norm_std=self.norm_std)
+
+
+PRESETS = {
+    "as2m": {},
+    "as20k": dict(weighted=False, batch_size=48, updates=40_000, warmup=4_000),
+    "esc50": dict(
+        weighted=False, batch_size=48, updates=4_000, warmup=400, clip_frames=512, norm_mean=-6.627, norm_std=5.359,
+        loss="ce", metric="accuracy", label_smoothing=0.1, mixup=0.0, specaug_freq=0.4, specaug_time=0.4,
+    ),
+    "spcv2": dict(
+        weighted=False, batch_size=256, updates=40_000, warmup=4_000, clip_frames=128, norm_mean=-6.846, norm_std=5.565,
+        loss="bce", metric="accuracy", label_smoothing=0.1, noise=True, lr=2e-4, seed=42,
+    ),
+    "demo": dict(
+        data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune", model="demo",
+        init="runs/demo/last.pt", compare=True, clip_frames=64, min_samples=1600, weighted=False, loss="ce",
+        metric="accuracy", label_smoothing=0.1, mixup=0.0, batch_size=32, updates=400, warmup=40, lr=1e-3,
+        workers=1, log_every=50, save_every=100, eval_every=100,
+    ),
+}  # fmt: skip
+
+MAY_CHANGE = set(
+    "data eval_data out_dir init accumulate compile workers log_every save_every eval_every max_bad_fraction "
+    "max_skipped timeout probe probe_layer compare fold".split()
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+class Draws(NamedTuple):
+    """Everything random about the augmentation of an update's clips, each (batch_size,) float64 unless noted."""
+
+    roll: Tensor  # 0 to 1, part of the clip
+    gain: Tensor
+    noise: Tensor  # 0 to 1
+    shift: Tensor  # int64, -10 to 9 frames
+    freq_width: Tensor  # 0 to 1, of the largest width; likewise the others
+    freq_start: Tensor
+    time_width: Tensor
+    time_start: Tensor
+
+
+def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Draws, float]:
+    """The draws of an update and its mixup weight: every process draws the same ones and takes its rows."""
+    rng, n = np.random.default_rng(seed_of("augment", config.seed, step)), config.batch_size
+    draws = [rng.random(n), rng.beta(10, 10, n) + 0.5, rng.random(n), rng.integers(-10, 10, n)]
+    draws += [rng.random(n) for _ in range(4)]
+    mixes = config.mixup > 0 and rng.random() < config.mixup_prob
+    return Draws(*map(torch.from_numpy, draws)), rng.beta(config.mixup, config.mixup) if mixes else 1.0
+
+
+def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tensor) -> Tensor:
+    """Turn each clip around by the part `roll` of itself and scale it: (B, S) -> (B, S) float.
+
+    The paper calls this roll augmentation; the gain is the released code's (data/raw_audio_dataset.py:87-92).
+    """
+    at = torch.arange(waveform.shape[1], device=waveform.device).expand_as(waveform)                # (B, S)
+    length = n_samples[:, None]
+    source = torch.where(at < length, (at - (roll[:, None] * length).long()) % length, at)
+    return to_float(waveform).gather(1, source) * gain[:, None].float()
+
+
+def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Tensor:
+    """Add uniform noise in [0, noise / 10) and turn each spectrogram by `shift` frames: (B, 1, F, M) -> (B, 1, F, M).
+
+    As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation.
+    """
+    spec = spec + uniform * (noise.float() / 10)[:, None, None, None]
+    frames = torch.arange(spec.shape[2], device=spec.device)
+    source = (frames - shift[:, None]) % spec.shape[2]                                              # (B, F)
+    return spec.gather(2, source[:, None, :, None].expand_as(spec))
+
+
+def mixup(x: Tensor, weight: float) -> Tensor:
+    """Mix each row with its mirror image in the batch: (B, ...) -> (B, ...); for spectrograms and targets alike.
+
+    One weight for the whole batch (utils/mixup.py, mode "batch").
+    """
+    return weight * x + (1 - weight) * x.flip(0)
+
+
+def spec_augment(spec: Tensor, draws: Draws, freq: float, time: float) -> Tensor:
+    """Blank one band and one stretch of time of each clip, up to the parts `freq` and `time`: (B, 1, F, M).
+
+    Blank is 0, the mean of the data set. As torchaudio's masking with its own draw for each clip
+    (models/EAT_audio_classification.py:374-375): real-valued width and start are drawn, then cut to whole numbers.
+    """
+    bands, stretches = (3, freq, draws.freq_width, draws.freq_start), (2, time, draws.time_width, draws.time_start)
+    for axis, part, width, start in (bands, stretches):
+        size = spec.shape[axis]
+        width = width * part * size                                                                 # (B,)
+        first = (start * (size - width)).long()[:, None]
+        at = torch.arange(size, device=spec.device)
+        blank = (at >= first) & (at < first + width.long()[:, None])                                # (B, size)
+        spec = spec.masked_fill(blank[:, None, None, :] if axis == 3 else blank[:, None, :, None], 0.0)
+    return spec
+
+
+def micro_batches(
+    feed: Iterator[Batch], sampler: ClipSampler, targets: Tensor, config: FinetuneConfig, step: int,
+    device: torch.device,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """This process's parts of an update, augmented and mixed: [(spec (B, 1, F, M), targets (B, C) fp32), ...]."""
+    draws, weight = draw_augmentation(config, step)
+    parts = []
+    for micro in range(config.accumulate):
+        batch, rows = next(feed), sampler.rows(micro)
+        mine = Draws(*(draw[rows].to(device) for draw in draws))
+        waveform, n_samples = (x.to(device, non_blocking=True) for x in batch[:2])
+        if config.roll:
+            waveform = roll_and_gain(waveform, n_samples, mine.roll, mine.gain)
+        spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)                  # (B, 1, F, M)
+        if config.noise:
+            uniform = torch.empty_like(spec)
+            for row, clip in zip(uniform, rows):
+                seed = seed_of("uniform", config.seed, step, clip)
+                row.uniform_(generator=torch.Generator(device).manual_seed(seed))
+            spec = add_noise(spec, uniform, mine.noise, mine.shift)
+        y = targets[batch.items].to(device).float()                                                 # (B, C)
+        if weight < 1:
+            spec, y = mixup(spec, weight), mixup(y, weight)
+        parts.append((spec_augment(spec, mine, config.specaug_freq, config.specaug_time), y))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+
+
+def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
+    """Loss of logits (B, C) for targets (B, C), which may be mixed, summed over clips and classes: fp32 scalar.
+
+    (models/EAT_audio_classification.py:410-457)
+    """
+    logits = logits.float()
+    if config.loss != "ce":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    smoothing = 0.0 if config.mixup else config.label_smoothing
+    targets = (1 - smoothing) * targets + smoothing / targets.shape[1]
+    return -(targets * logits.log_softmax(1)).sum()
+
+
+def layer_decay_groups(model: AudioClassifier, config: FinetuneConfig) -> list[dict]:
+    """Parameters grouped by peak learning rate: block i of L has lr * layer_decay^(L - i), all else lr.
+
+    So the last block is below the head by one factor, and patch_embed, CLS token and norms are at the head's rate
+    (models/EAT_audio_classification.py:290-344; not in the paper). A group's own floor is never above its peak.
+    """
+    groups: dict[float, dict] = {}
+    for name, p in model.named_parameters():
+        depth = len(model.encoder.blocks)
+        block = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else depth
+        peak = config.lr * config.layer_decay ** (depth - block)
+        group = groups.setdefault(peak, dict(params=[], peak_lr=peak, min_lr=min(config.min_lr, peak)))
+        group["params"].append(p)
+    return list(groups.values())
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    parts: list[tuple[Tensor, Tensor]], step: int, config: FinetuneConfig, amp_dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update; `model` is the classifier or the DistributedDataParallel around it. Returns loss and grad_norm.
+
+    The loss is that of the whole batch, over its positive labels or its clips, however many processes share it.
+    """
+    classifier = model.module if isinstance(model, DistributedDataParallel) else model
+    for group in optimizer.param_groups:
+        group["lr"] = cosine_lr(step, group["peak_lr"], config.warmup, config.updates, group["min_lr"])
+
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    total = torch.stack([y.sum() if config.loss == "bce_positives" else y.new_full((), len(y)) for _, y in parts]).sum()
+    if world > 1:
+        dist.all_reduce(total)
+    loss = torch.zeros_like(total)
+    for i, (spec, y) in enumerate(parts, start=1):
+        sync = contextlib.nullcontext() if i == len(parts) or model is classifier else model.no_sync()
+        with sync:
+            with torch.autocast(spec.device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                logits = model(spec)                                                                # (B, C)
+            part = summed_loss(logits, y, config) / total
+            scaler.scale(part * world).backward()  # DistributedDataParallel divides by the number of processes
+        loss += part.detach()
+
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(classifier.parameters(), config.clip_norm or math.inf)
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # where 1, fused AdamW leaves the weights as they are
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(loss=loss, grad_norm=grad_norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Task(NamedTuple):
+    """What the settings name, opened."""
+
+    data: AudioDataset
+    targets: Tensor  # (n, C) bool, of the items of data
+    eval_data: AudioDataset
+    eval_targets: Tensor
+    model: AudioClassifier
+
+
+def check(config: FinetuneConfig, world: int) -> tuple[Task, dict[str, str]]:
+    """Check the settings and open what they name: (task, digests of the data). Raises InputError."""
+    check_numbers(
+        config,
+        positive="clip_frames norm_std layer_decay epoch_clips batch_size accumulate updates lr log_every save_every "
+        "max_skipped timeout",
+        fractions="label_smoothing drop_path layer_decay mixup_prob specaug_freq specaug_time beta1 beta2 "
+        "max_bad_fraction",
+    )
+    check_choices(
+        config, loss=("bce_positives", "bce", "ce"), metric=("mAP", "accuracy"), pooling=("cls", "mean"), amp=AMP,
+        model=MODELS, probe=("", "linear", "knn"), probe_layer=PROBE_LAYERS,
+    )  # fmt: skip
+    check_batch(config, world)
+    if config.drop_path == 1:
+        raise InputError("--drop_path must be below 1")
+    if config.mixup and config.batch_size // (world * config.accumulate) % 2:
+        raise InputError(f"mixup pairs clips: --batch_size {config.batch_size} must give each part an even number")
+    if not config.eval_data:
+        raise InputError("--eval_data is missing: a labelled manifest or packed folder")
+    if not config.init:
+        raise InputError("--init is missing: a checkpoint, or scratch")
+    if not 16 <= config.clip_frames <= MAX_PATCH_ROWS * 16:
+        raise InputError(f"--clip_frames {config.clip_frames}: 16 to {MAX_PATCH_ROWS * 16}")
+    data = AudioDataset(config.data, config.clip_frames, config.min_samples, segments=False)
+    classes = read_classes(config.classes) if config.classes else find_classes(data)
+    targets = read_targets(data, classes)
+    eval_data, eval_targets, _ = open_labelled(config.eval_data, config.audio, classes)
+    for source, some in ((config.data, targets), (config.eval_data, eval_targets)):
+        if (config.loss == "ce" or config.metric == "accuracy") and (some.sum(1) != 1).any():
+            raise InputError(f"{source}: a clip has several labels, use --loss bce_positives --metric mAP")
+    if len(classes) < 2:
+        raise InputError(f"{config.data} has one class only: {next(iter(classes))}")
+    model = build_classifier(config, classes)
+    digests = dict(data_digest=data.digest(), eval_digest=eval_data.digest())
+    return Task(data, targets, eval_data, eval_targets, model), digests | dict(init_digest=digest_of(model))
+
+
+def build_classifier(config: FinetuneConfig, classes: dict[str, str]) -> AudioClassifier:
+    """The encoder of --init, or a new one, with a new head for these classes."""
+    torch.manual_seed(config.seed)
+    if config.init == PRESETS["demo"]["init"] and not Path(config.init).exists():
+        raise InputError(f"there is no {config.init} yet: run python pretrain.py --preset demo first")
+    encoder = Encoder(MODELS[config.model]) if config.init == "scratch" else Encoder.from_pretrained(config.init)
+    network = dataclasses.replace(encoder.config, drop_path=config.drop_path)
+    if network.grid(config.clip_frames)[0] < 1:
+        raise InputError(f"--clip_frames {config.clip_frames} is less than a patch of {network.patch_size}")
+    model = AudioClassifier(network, classes, config.pooling, config.loss == "ce", config.audio)
+    model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
+def digest_of(model: nn.Module) -> str:
+    """Hash of a network's weights."""
+    total = hashlib.sha256()
+    for p in model.parameters():
+        total.update(p.detach().numpy().tobytes())
+    return total.hexdigest()
+
+
+def train(config: FinetuneConfig, rank: int, world: int, device: torch.device) -> int:
+    """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
+    task, checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
+    out_dir, is_main = Path(config.out_dir), rank == 0
+
+    # Network, optimizer
+    classifier = task.model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        layer_decay_groups(classifier, config), lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    amp_dtype = pick_precision(config.amp, device)
+    scaler = make_scaler(amp_dtype, device, growth_interval=16_384)
+    parts_of_run = dict(classifier=classifier, optimizer=optimizer, scaler=scaler)
+
+    # Resume
+    start, best = 0, dict(step=0, score=-1.0)
+    if checkpoint is not None:
+        state = restore(out_dir / checkpoint, parts_of_run)
+        start, best = state["step"], state["best"]
+    if is_main:
+        trim_log(out_dir, start)
+        n_parameters = sum(p.numel() for p in classifier.parameters())
+        begin = f"resuming at update {start}" if start else "starting"
+        print(f"{begin} in {out_dir}: {config.init}, {n_parameters:,} parameters", end=", ")
+        print(f"{len(classifier.classes)} classes, {len(task.data):,} clips", end=", ")
+        print(f"{len(task.eval_data):,} to evaluate, {world} x {device.type}", end=", ")
+        print(str(amp_dtype).removeprefix("torch."))
+
+    # Data: the stream of clips from update `start` on
+    stop = Stop(world, config.timeout)
+    weights = sampling_weights(task.targets) if config.weighted else None
+    sampler = ClipSampler(
+        len(task.data), config.batch_size, config.seed, start, rank, world, config.accumulate,
+        weights, config.epoch_clips, mirrored=config.mixup > 0,
+    )  # fmt: skip
+    loader = build_loader(task.data, sampler, config.workers, pin_memory=device.type == "cuda")
+    feed = Feed(loader, task.data, out_dir)
+    if is_main:
+        feed.report((name, f"shorter than {config.min_samples} samples") for name in task.data.short_names())
+    if config.compile:
+        classifier.compile()
+    model = classifier if world == 1 else DistributedDataParallel(
+        classifier, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+
+    def save(name: str, **more) -> None:
+        """Only last.pt keeps the one before it; best.pt has no optimizer."""
+        plain = dict(step=step, config=asdict(config), network=asdict(classifier.encoder.config), best=best)
+        plain |= dict(classes=classifier.classes, norm_eps=classifier.fc_norm.eps)
+        try:
+            save_checkpoint(out_dir / name, keep=name == "last.pt", **plain, classifier=classifier.state_dict(), **more)
+        except (OSError, RuntimeError) as error:
+            message = f"could not save update {step} in {out_dir} ({first_line(error)}), the last checkpoint stands"
+            if is_last or code:
+                raise InputError(message) from None
+            tqdm.write(f"WARNING: {message}; the run goes on")
+
+    code, history, streak, clock, feed.waited = 0, [], 0, time.perf_counter(), 0.0
+    bar = dict(initial=start, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
+    for step in (progress := tqdm(range(start, config.updates), **bar)):
+        torch.manual_seed(seed_of("drop_path", config.seed, step, rank))
+        parts = micro_batches(feed, sampler, task.targets, config, step, device)
+        out = train_step(model, optimizer, scaler, parts, step, config, amp_dtype)
+        history.append(torch.stack([out["loss"], out["grad_norm"]]))
+        step += 1  # from here on: completed updates
+        is_last, is_epoch = step == config.updates, step * config.batch_size % sampler.epoch_items < config.batch_size
+
+        if step == 1 or step % config.log_every == 0 or is_last:
+            rows = torch.stack(history)                                                             # (updates, 2)
+            counts = torch.tensor([feed.n_bad, feed.n_read], device=device)
+            if world > 1:
+                dist.all_reduce(rows)  # loss: a share of each process; grad_norm: the same on all
+                dist.all_reduce(counts)
+            seconds, is_good = time.perf_counter() - clock, rows.isfinite().all(1)
+            for good in is_good.tolist():
+                streak = 0 if good else streak + 1
+            loss, grad_norm = rows[is_good].mean(0).tolist() if is_good.any() else (None, None)
+            record = dict(
+                step=step, epoch=step * config.batch_size / sampler.epoch_items, loss=loss,
+                grad_norm=grad_norm and grad_norm / world, lr=optimizer.param_groups[0]["lr"],
+                skipped=int((~is_good).sum()), bad_files=len(read_bad_files(feed.path)),
+                clips_per_s=len(history) * config.batch_size / seconds, step_ms=1000 * seconds / len(history),
+                data_wait=feed.waited / seconds, peak_memory_gib=peak_memory_gib(device),
+            )  # fmt: skip
+            if is_main:
+                log(out_dir, record)
+                progress.set_postfix({k: record[k] for k in ("loss", "lr", "clips_per_s")})
+                n_bad, n_read = counts.tolist()
+                if n_read >= 100 and n_bad / n_read > config.max_bad_fraction:
+                    stop.code, stop.reason = 1, f"{n_bad / n_read:.0%} of the clips cannot be used: see {feed.path}"
+                if streak >= config.max_skipped:
+                    stop.code, stop.reason = 1, f"{streak} updates in a row had no finite gradient (lower --lr)"
+            history, clock, feed.waited = [], time.perf_counter(), 0.0
+
+        code = stop.agreed()
+        if is_last or (step % config.eval_every == 0 if config.eval_every else is_epoch):
+            scores, _, found = score_manifest(classifier, task.eval_data, task.eval_targets, device, config.workers)
+            feed.report(found.problems)
+            if is_main:
+                log(out_dir, dict(step=step, **scores))
+            if scores[config.metric] > best["score"]:
+                best = dict(step=step, score=scores[config.metric])
+                if is_main:
+                    save("best.pt")
+            clock = time.perf_counter()
+        if is_main and (step % config.save_every == 0 or is_last or code > 128):
+            save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        if code:
+            break
+
+    progress.close()
+    if is_main and code:
+        print(f"finetune.py: {stop.reason or 'stopped by a signal to another process'}", file=sys.stderr)
+    elif is_main:
+        name, last = config.metric, last_score(out_dir, config.metric)
+        print(f"done: {name} {last:.4f} after the last update, at best {best['score']:.4f} (update {best['step']})")
+    return code
+
+
+def last_score(out_dir: Path, metric: str) -> float:
+    """The score of the last evaluation in a run's log."""
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return next((record[metric] for record in reversed(records) if metric in record), math.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs: folds, and what pre-training is worth
+
+
+def variants(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
+    """The rows of the table: the run itself, or with --compare everything to set beside it."""
+    if not config.compare:
+        return {config.probe or config.init: config}
+    sub = {name: str(Path(config.out_dir, name)) for name in ("pretrained", "scratch", "probes")}
+    make = dataclasses.replace
+    rows = {
+        "fine-tuned, pre-trained": make(config, out_dir=sub["pretrained"]),
+        "fine-tuned, from scratch": make(config, out_dir=sub["scratch"], init="scratch"),
+    }
+    for kind, layer in (("linear", "last"), ("linear", "mix"), ("knn", "last")):
+        frozen = make(config, out_dir=sub["probes"], probe=kind, probe_layer=layer)
+        name = f"{kind} probe" + (", all blocks" if layer == "mix" else "")
+        rows |= {f"{name}, pre-trained": frozen, f"{name}, random encoder": make(frozen, init="scratch")}
+    return rows
+
+
+def folds(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """One configuration for each fold that --fold asks for. Raises InputError if there are none."""
+    if not config.fold:
+        if "{fold}" in config.data + config.eval_data:
+            raise InputError("--fold is missing: a number, or all")
+        return [config]
+    if "{fold}" not in config.data or "{fold}" not in config.eval_data:
+        raise InputError('--fold needs {fold} in --data and --eval_data, such as "esc50/train{fold}.tsv"')
+    numbers = [config.fold]
+    if config.fold == "all":
+        numbers = [str(i) for i in range(1, 100) if Path(config.data.replace("{fold}", str(i))).exists()]
+    if not numbers:
+        raise InputError(f"there is no {config.data.replace('{fold}', '1')}")
+    return [
+        dataclasses.replace(
+            config, data=config.data.replace("{fold}", i), eval_data=config.eval_data.replace("{fold}", i),
+            out_dir=str(Path(config.out_dir, f"fold{i}")), fold=i,
+        ) for i in numbers
+    ]  # fmt: skip
+
+
+def run_probe(config: FinetuneConfig, device: torch.device, world: int) -> float:
+    """Score of a probe of the frozen encoder; accuracy or mAP."""
+    task, _ = check(config, world)
+    scores = probe(
+        task.model.encoder.to(device), config.audio, config.data, config.eval_data, device, config.workers,
+        config.probe_layer, (config.probe,),
+    )  # fmt: skip
+    return scores[f"probe_{config.probe}"]
+
+
+def run_all(config: FinetuneConfig) -> int:
+    """All the runs that the command line asks for, one after the other, and their table; returns the exit status."""
+    torch.backends.cudnn.allow_tf32 = False
+    rank, world, device = init_distributed(config.timeout)
+    table: dict[str, list[float]] = {}
+    plans = {name: folds(row) for name, row in variants(config).items()}
+    for name, plan in plans.items():
+        for row in plan:
+            if row.probe:
+                table.setdefault(name, []).append(run_probe(row, device, world))
+                continue
+            if code := train(row, rank, world, device):
+                return code
+            table.setdefault(name, []).append(last_score(Path(row.out_dir), row.metric))
+    if rank == 0 and (len(table) > 1 or config.probe or any(len(plan) > 1 for plan in plans.values())):
+        print_table(table, config)
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def print_table(table: dict[str, list[float]], config: FinetuneConfig) -> None:
+    """Print each row's score, with several folds their mean and each of them, and keep it in table.json."""
+    width = max(map(len, table))
+    print(f"\n{'':{width}s}  {config.metric}")
+    for name, scores in table.items():
+        each = "  (" + " ".join(f"{score:.4f}" for score in scores) + ")" if len(scores) > 1 else ""
+        print(f"{name:{width}s}  {np.mean(scores):.4f}{each}")
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    Path(config.out_dir, "table.json").write_text(json.dumps({config.metric: table}, indent=1) + "\n")
+
+
+def main() -> None:
+    run_script(run_all, parse_config(FinetuneConfig, PRESETS))
+
+
+if __name__ == "__main__":
+    main()
