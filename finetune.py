@@ -150,8 +150,9 @@ PRESETS = {
     "demo": dict(
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune", model="demo",
         init="runs/demo/last.pt", compare=True, clip_frames=64, min_samples=1600, weighted=False, loss="ce",
-        metric="accuracy", label_smoothing=0.1, mixup=0.0, batch_size=32, updates=400, warmup=40, lr=1e-3,
-        workers=1, log_every=50, save_every=100, eval_every=100,
+        metric="accuracy", label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1, specaug_time=0.1,
+        layer_decay=0.9, batch_size=32, updates=800, warmup=80, lr=1e-3,
+        workers=1, log_every=100, save_every=200, eval_every=200,
     ),
 }  # fmt: skip
 
@@ -370,12 +371,12 @@ def check(config: FinetuneConfig, world: int) -> tuple[Task, dict[str, str]]:
     data = AudioDataset(config.data, config.clip_frames, config.min_samples, segments=False)
     classes = read_classes(config.classes) if config.classes else find_classes(data)
     targets = read_targets(data, classes)
+    if len(classes) < 2:
+        raise InputError(f"{config.data} has one class only: {next(iter(classes))}")
     eval_data, eval_targets, _ = open_labelled(config.eval_data, config.audio, classes)
     for source, some in ((config.data, targets), (config.eval_data, eval_targets)):
         if (config.loss == "ce" or config.metric == "accuracy") and (some.sum(1) != 1).any():
             raise InputError(f"{source}: a clip has several labels, use --loss bce_positives --metric mAP")
-    if len(classes) < 2:
-        raise InputError(f"{config.data} has one class only: {next(iter(classes))}")
     model = build_classifier(config, classes)
     digests = dict(data_digest=data.digest(), eval_digest=eval_data.digest())
     return Task(data, targets, eval_data, eval_targets, model), digests | dict(init_digest=digest_of(model))

@@ -566,7 +566,11 @@ def _read_fairseq(state: dict) -> Pretrained:
     _refuse_unknown(weights, known + tuple(prefix + released for released, _ in names))
     encoder = rename(weights, [(prefix + released, ours) for released, ours in names])
     decoder = {k.replace(".0.", "."): v for k, v in rename(weights, [(DECODER, "")]).items()} or None
-    network = _network_of(encoder, model_cfg["num_heads"], decoder)
+    sizes = model_cfg["modalities"]["image"]["decoder"]
+    network = _network_of(
+        encoder, model_cfg["num_heads"], decoder_depth=sizes["decoder_layers"],
+        decoder_kernel=sizes["decoder_kernel"], decoder_groups=sizes["decoder_groups"],
+    )  # fmt: skip
     _check_positions(weights[prefix + POSITIONS[0]], network)
     flags = cfg.get("task") or {}
     norm = next((norm for flag, norm in RELEASED_NORMS.items() if flags.get(flag)), None)
@@ -615,19 +619,12 @@ def _read_hugging_face(folder: Path) -> Pretrained:
     return found
 
 
-def _network_of(encoder: dict, heads: int, decoder: dict | None = None, mel_bins: int = 128) -> ModelConfig:
-    """Sizes of a network from its tensors."""
+def _network_of(encoder: dict[str, Tensor], heads: int, **others: int) -> ModelConfig:
+    """Sizes of a network from its tensors; the number of heads is not among them."""
     width, patch_size = encoder["cls_token"].shape[-1], encoder["patch_embed.weight"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("blocks."))
-    sizes = dict(
-        patch_size=patch_size, mel_bins=mel_bins, width=width, depth=depth, heads=heads,
-        mlp_ratio=encoder["blocks.0.mlp.fc1.weight"].shape[0] // width,
-    )  # fmt: skip
-    if decoder:
-        conv = decoder["blocks.0.weight"]
-        sizes |= dict(decoder_depth=sum(k.startswith("blocks.") and k.endswith("weight") for k in decoder))
-        sizes |= dict(decoder_kernel=conv.shape[-1], decoder_groups=width // conv.shape[1])
-    return ModelConfig(**sizes)
+    mlp_ratio = encoder["blocks.0.mlp.fc1.weight"].shape[0] // width
+    return ModelConfig(patch_size, width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, **others)
 
 
 def _check_positions(table: Tensor, network: ModelConfig) -> None:

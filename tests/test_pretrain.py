@@ -354,6 +354,5 @@ def test_on_a_gpu_the_loss_falls(folder, script, flags):
 def test_the_demo_preset_is_complete():
     config = dataclasses.replace(BASE, **PRESETS["demo"])
     pretrain.check_config(config, world=2)
-    assert (
-        (ROOT / config.data).exists() and (ROOT / config.probe_manifest).exists() and (ROOT / config.probe_test).exists()
-    )
+    for path in (config.data, config.probe_manifest, config.probe_test):
+        assert (ROOT / path).exists()
