@@ -392,9 +392,10 @@ def listen(
 
 
 def clock(samples: int) -> str:
-    """Samples at 16 kHz as 1:02:03 or 2:03."""
-    text = str(datetime.timedelta(seconds=samples // SAMPLE_RATE))
-    return text.removeprefix("0:").removeprefix("0") if text.startswith("0:0") else text.removeprefix("0:")
+    """Samples at 16 kHz as 1:02:03.4 or 2:03.4."""
+    tenths = samples * 10 // SAMPLE_RATE
+    hours, minutes, seconds = tenths // 36_000, tenths // 600 % 60, tenths % 600 / 10
+    return f"{hours}:{minutes:02d}:{seconds:04.1f}" if hours else f"{minutes}:{seconds:04.1f}"
 
 
 def find_files(inputs: list[str]) -> tuple[list[Path], list[Path]]:
@@ -438,7 +439,7 @@ def tag(model: AudioClassifier, paths: list[Path], device: torch.device, top_k: 
             print(f"    {probability:.3f}  {name}")
         for window in record.get("windows", []):
             said = ", ".join(f"{name} {p:.2f}" for name, p in (window["top"] or {"silence": 1.0}).items())
-            print(f"    {clock(int(window['start'] * SAMPLE_RATE)):>8s}  {said}")
+            print(f"    {clock(round(window['start'] * SAMPLE_RATE)):>10s}  {said}")
     return n_failed
 
 
@@ -554,7 +555,6 @@ PANELS = (  # what of a run's log is drawn together
     ("probe score", ("probe_linear", "probe_knn")),
     ("score", ("mAP", "accuracy")),
     ("learning rate", ("lr",)),
-    ("clips / s", ("clips_per_s",)),
 )
 
 
@@ -571,10 +571,11 @@ def plot_curves(plt, runs: list[str]):
     figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(9, 2.6 * -(-len(panels) // 2)), squeeze=False)
     for (title, keys), axis in zip(panels, axes.flat):
         for number, (run, log) in enumerate(logs.items()):
-            for key, style in zip(keys, ("-", "--", ":")):
+            for i, key in enumerate(keys):  # one run: a colour a key; several: a colour a run
                 points = [(r["step"], r[key]) for r in log if r.get(key) is not None]
-                label = key if len(runs) == 1 else f"{Path(run).name}: {key}"
-                axis.plot(*zip(*points) if points else ([], []), style, color=f"C{number}", label=label, marker=".")
+                label, color = (key, f"C{i}") if len(runs) == 1 else (f"{Path(run).name}: {key}", f"C{number}")
+                style = dict(linestyle=("-", "--", ":")[i], color=color, label=label, marker=".")
+                axis.plot(*zip(*points) if points else ([], []), **style)
         axis.set(xlabel="update", ylabel=title)
         axis.set_yscale("log" if title == "loss" else "linear")
         axis.legend(frameon=False, fontsize=7)

@@ -144,7 +144,7 @@ PRESETS = {
         mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0,
         ema_decay=0.99, ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100,
         workers=1, log_every=50, save_every=100,
-        probe_manifest=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+        probe_manifest=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"), probe_every=200,
     ),
 }  # fmt: skip
 

@@ -22,6 +22,8 @@ from data import (
     clip_samples,
     load_audio,
     log_mel,
+    read_classes,
+    read_targets,
     resample,
     spectrogram,
 )
@@ -436,3 +438,100 @@ def test_demo_is_labelled_and_attributed():
     assert origins == shipped
     text = (DEMO / "README.md").read_text()
     assert all(f"`{p.relative_to(DEMO).parts[0]}/" in text for p in shipped)
+
+
+# --- manifests of three data sets ------------------------------------------------------------------------------------
+
+
+def wav(path: Path, n_samples: int = 8000, rate: int = 16_000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(n_samples, rate).numpy(), rate)
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_text().splitlines()[1:]]
+
+
+def test_esc50_folds(tmp_path, script):
+    header = "filename,fold,target,category,esc10,src_file,take"
+    names = [(fold, i, name) for fold in range(1, 6) for i, name in enumerate(["dog", "sea_waves"])]
+    rows = [f"{fold}-{i}-A-{i}.wav,{fold},{i},{name},True,{i},A" for fold, i, name in names]
+    (tmp_path / "ESC-50" / "meta").mkdir(parents=True)
+    (tmp_path / "ESC-50" / "meta" / "esc50.csv").write_text("\n".join([header, *rows]) + "\n")
+    for row in rows[:-1]:  # the last is missing
+        wav(tmp_path / "ESC-50" / "audio" / row.split(",")[0], 44_100, 44_100)
+    out = script("data.py", "esc50", "ESC-50", "-o", "esc50").stdout
+    assert "esc50/train1.tsv: 7 clips" in out and "1 left out, listed in esc50/train1.tsv.bad" in out
+    folds = {i: rows_of(tmp_path / "esc50" / f"test{i}.tsv") for i in range(1, 6)}
+    assert folds[1] == [["1-0-A-0.wav", "16000", "dog"], ["1-1-A-1.wav", "16000", "sea_waves"]]
+    assert [len(rows) for rows in folds.values()] == [2, 2, 2, 2, 1]
+    for i in folds:
+        train = rows_of(tmp_path / "esc50" / f"train{i}.tsv")
+        assert sorted(train) == sorted(row for j in folds if j != i for row in folds[j])
+    assert "5-1-A-1.wav" in (tmp_path / "esc50" / "test5.tsv.bad").read_text()
+    assert len(AudioDataset(str(tmp_path / "esc50" / "train1.tsv"), 512, segments=False)) == 7
+    again = script("data.py", "esc50", "ESC-50", "-o", "esc50", check=False)
+    assert again.returncode == 1 and "exists: remove it" in again.stderr
+
+
+def test_speech_commands_split(tmp_path, script):
+    source = tmp_path / "sc"
+    for name in ("yes/a_nohash_0.wav", "yes/b_nohash_0.wav", "no/a_nohash_0.wav", "no/c_nohash_1.wav"):
+        wav(source / name)
+    wav(source / "_background_noise_" / "running_tap.wav", 32_000)
+    (source / "validation_list.txt").write_text("yes/b_nohash_0.wav\n")
+    (source / "testing_list.txt").write_text("no/a_nohash_0.wav\nno/gone_nohash_0.wav\n")
+    out = script("data.py", "speechcommands", "sc", "-o", "spcv2").stdout
+    assert "spcv2/test.tsv: 1 clips" in out and "1 left out" in out
+    tables = {part: rows_of(tmp_path / "spcv2" / f"{part}.tsv") for part in ("train", "valid", "test")}
+    assert {part: [(row[0], row[2]) for row in rows] for part, rows in tables.items()} == {
+        "train": [("no/c_nohash_1.wav", "no"), ("yes/a_nohash_0.wav", "yes")],
+        "valid": [("yes/b_nohash_0.wav", "yes")],
+        "test": [("no/a_nohash_0.wav", "no")],
+    }
+
+
+def test_audioset_clips_by_their_id(tmp_path, script):
+    (tmp_path / "labels.csv").write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n'
+    )
+    (tmp_path / "segments.csv").write_text(
+        "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=4, num_segs=4\n"
+        "# YTID, start_seconds, end_seconds, positive_labels\n"
+        '--4gqARaEJE, 0.000, 10.000, "/m/09x0r"\n'
+        'YxY_-abc012, 30.000, 40.000, "/m/09x0r,/m/05zppz"\n'
+        'Zbcdefghijk, 30.000, 40.000, "/m/05zppz"\n'
+        'missing_one, 30.000, 40.000, "/m/05zppz"\n'
+    )
+    for name in ("sub/--4gqARaEJE.wav", "YYxY_-abc012.flac", "Zbcdefghijk_30.000_40.000.wav"):
+        wav(tmp_path / "audio" / name)
+    out = script("data.py", "audioset", "segments.csv", "labels.csv", "audio", "-o", "train.tsv").stdout
+    assert "3 clips" in out and "1 of 4 clips missing" in out
+    assert rows_of(tmp_path / "train.tsv") == [
+        ["sub/--4gqARaEJE.wav", "8000", "/m/09x0r"],
+        ["YYxY_-abc012.flac", "8000", "/m/09x0r,/m/05zppz"],
+        ["Zbcdefghijk_30.000_40.000.wav", "8000", "/m/05zppz"],
+    ]
+    assert "missing_one" in (tmp_path / "train.tsv.bad").read_text()
+    classes = read_classes(tmp_path / "labels.csv")
+    targets = read_targets(AudioDataset(str(tmp_path / "train.tsv"), segments=False), classes)
+    assert targets.tolist() == [[True, False], [True, True], [False, True]]
+    (tmp_path / "segments.csv").write_text('--4gqARaEJE, 0.000, 10.000, "/m/other"\n')
+    refused = script("data.py", "audioset", "segments.csv", "labels.csv", "audio", "-o", "x.tsv", check=False)
+    assert "has the label '/m/other', which labels.csv does not list" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["esc50", "empty", "-o", "out"], "cannot read empty/meta/esc50.csv"),
+        (["speechcommands", "empty", "-o", "out"], "cannot read empty/validation_list.txt"),
+        (["audioset", "nothing.csv", "nothing.csv", "empty", "-o", "x.tsv"], "cannot read the classes in nothing.csv"),
+        (["audioset", "table.csv", "table.csv", "empty", "-o", "x.tsv"], "is not a list of AudioSet segments"),
+    ],
+)
+def test_folders_that_are_not_these_data_sets(tmp_path, script, args, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("index,label\n0,dog\n")
+    result = script("data.py", *args, check=False)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1

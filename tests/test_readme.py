@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pretrain import PRESETS, PretrainConfig, parse_config
+import evaluate
+import finetune
+import pretrain
+from finetune import FinetuneConfig
+from pretrain import PretrainConfig, parse_config
 
 README = (ROOT / "README.md").read_text()
-GRAPH = {"masking": set(), "model": set(), "data": set(), "pretrain": {"masking", "model", "data"}}
+LEAVES = {"masking", "model", "data"}
+GRAPH = {name: set() for name in LEAVES}
+GRAPH |= {"evaluate": LEAVES, "pretrain": LEAVES | {"evaluate"}, "finetune": {"model", "data", "evaluate", "pretrain"}}
 
 
 def blocks(language: str) -> list[str]:
@@ -57,8 +63,9 @@ def test_links():
 
 
 def test_flags():
-    known = {field.name for field in dataclasses.fields(PretrainConfig)}
-    known |= {f"no-{field.name}" for field in dataclasses.fields(PretrainConfig) if field.type is bool}
+    fields = [*dataclasses.fields(PretrainConfig), *dataclasses.fields(FinetuneConfig)]
+    known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type is bool}
+    known |= set(vars(evaluate.parse_arguments(["CKPT", "x"]))) | set(vars(evaluate.parse_arguments(["plot", "x"])))
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert said <= known | torchrun | {"preset", "help", "max-restarts"}, said - known - torchrun
@@ -67,22 +74,30 @@ def test_flags():
 def test_names_in_backquotes():
     """The functions that the tour of an update names are there."""
     source = "".join((ROOT / f"{name}.py").read_text() for name in GRAPH)
-    for name in "train_step make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram".split():
+    names = "train_step make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram layer_decay_groups "
+    for name in (names + "add_noise sampling_weights").split():
         assert f"`{name}`" in README and f"def {name}(" in source
 
 
-def test_pretrain_commands_parse():
-    lines = commands("pretrain.py")
-    assert len(lines) >= 4
-    for words in lines:
-        parse_config(PretrainConfig, PRESETS, words[1:])
+def test_commands_parse():
+    for program, config, presets, least in (
+        ("pretrain.py", PretrainConfig, pretrain.PRESETS, 5),
+        ("finetune.py", FinetuneConfig, finetune.PRESETS, 5),
+    ):
+        lines = commands(program)
+        assert len(lines) >= least
+        for words in lines:
+            parse_config(config, presets, words[1:])
+    assert len(commands("evaluate.py")) >= 8
+    for words in commands("evaluate.py"):
+        evaluate.parse_arguments(words[1:])
 
 
 def test_data_commands_run(tmp_path):
     os.symlink(ROOT / "assets" / "demo" / "prompts", tmp_path / "my_audio")
     lines = commands("data.py")
-    assert [words[1] for words in lines] == ["scan", "stats", "pack"]
-    for words in lines:
+    assert [words[1] for words in lines] == ["scan", "stats", "pack", "esc50", "speechcommands", "audioset"]
+    for words in lines[:3]:  # the others have tests of their own
         subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=tmp_path, check=True, capture_output=True)
     assert Path(tmp_path, "shards", "index.json").exists()
 
@@ -100,6 +115,7 @@ def test_snippets_run(tmp_path, script, monkeypatch):
     assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
     frames = session["spec"].shape[2]
     assert session["tokens"].shape == (1, 1 + frames // 16 * 8, session["encoder"].config.width)
+    assert session["ap"].shape == (5,)
 
 
 def test_the_two_setup_commands():
