@@ -143,12 +143,14 @@ def spectrogram(waveform: Tensor, n_samples: Tensor, mean: float, std: float) ->
 # Files
 
 
-def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = None) -> Tensor:
+def load_audio(
+    path: str | os.PathLike, start: int = 0, n_samples: int | None = None, allow_silence: bool = False
+) -> Tensor:
     """Read (part of) a file of any rate and channel count as mono 16 kHz: -> (S,) float32 in [-1, 1].
 
     `start` and `n_samples` count samples at 16 kHz; only that part is decoded. Channels are averaged before resampling
     (the released code resamples along the channel axis, raw_audio_dataset.py:388-396).
-    Raises InputError if the file is missing, unreadable, empty, not finite or silent.
+    Raises InputError if the file is missing, unreadable, empty, not finite or, without `allow_silence`, silent.
     """
     waveform = _decode(path, start, n_samples)
     if len(waveform) < FRAME_LENGTH:
@@ -156,7 +158,7 @@ def load_audio(path: str | os.PathLike, start: int = 0, n_samples: int | None = 
     peak = waveform.abs().max().item()
     if not peak <= LOUDEST:
         raise InputError(f"its samples are not audio: the largest is {peak}")
-    if peak < SILENCE:
+    if peak < SILENCE and not allow_silence:
         raise Silent("silent")
     return waveform
 
@@ -324,10 +326,11 @@ class AudioDataset(Dataset):
         return int(self.last_item[-1])
 
     def digest(self) -> str:
-        """Hash of what is listed, wherever it lies."""
+        """Hash of what is listed, labels included, wherever it lies."""
         total = hashlib.sha256()
         for shard in self.shards:
             total.update(shard.text[int(shard.begins[0]) :].numpy().tobytes())
+            total.update("\n".join(shard.lbl or []).encode(errors="surrogateescape"))
         return total.hexdigest()
 
     def locate(self, item: int) -> tuple[int, int, int]:
@@ -356,17 +359,17 @@ class AudioDataset(Dataset):
             shard, line = self._line(line)
             yield self.shards[shard].name(line)
 
-    def read(self, item: int) -> Tensor:
+    def read(self, item: int, allow_silence: bool = False) -> Tensor:
         """The waveform of an item, (S,) with S <= clip_samples(n_frames). Raises InputError as load_audio does."""
         shard, line, piece = self.locate(item)
         manifest, start, n_samples = self.shards[shard], piece * self.hop, clip_samples(self.n_frames)
         if not self.is_packed:
             try:
-                return load_audio(manifest.path(line), start, n_samples)
+                return load_audio(manifest.path(line), start, n_samples, allow_silence)
             except PastEnd:  # the manifest counts another rate's samples, as released ones do, or the file has changed
                 if start == 0:
                     raise
-                return load_audio(manifest.path(line), 0, n_samples)
+                return load_audio(manifest.path(line), 0, n_samples, allow_silence)
         n_samples = min(n_samples, int(manifest.n_samples[line]) - start)
         offset = 2 * (int(self.offsets[shard][line]) + start)
         try:
@@ -416,7 +419,7 @@ def _open_packed(folder: str) -> list[Manifest]:
 def seed_of(purpose: str, *key: int) -> int:
     """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip).
 
-    All randomness is drawn from these, never from the state of a process: it does not matter how many there are.
+    Randomness is drawn from these, never from the state of a process, so that it does not matter how many there are.
     """
     return int(np.random.SeedSequence([*purpose.encode(), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -453,7 +456,8 @@ class ClipSampler:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
         if self.weights is None:
             return torch.randperm(self.n_items, generator=generator)
-        return torch.multinomial(self.weights, self.epoch_items, replacement=False, generator=generator)
+        drawn = torch.multinomial(self.weights, self.epoch_items, replacement=False, generator=generator)
+        return drawn[torch.randperm(len(drawn), generator=generator)]  # multinomial draws the heaviest first
 
     def __iter__(self) -> Iterator[list[int]]:
         position, epoch, order = self.start * self.batch_size, -1, None
@@ -515,22 +519,27 @@ def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool 
 
 def read_classes(path: str | os.PathLike) -> dict[str, str]:
     """Label -> name of every class, in the order of the file: AudioSet's class_labels_indices.csv, the released
-    label_descriptors.csv (index,label), or a text file with a label on each line.
+    label_descriptors.csv (index,label, without a header), or a text file with a label on each line.
 
-    Raises InputError if there are none or some twice.
+    Raises InputError if there are none or some twice, or if the indices do not count from 0.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [line.rstrip("\r\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
-    if lines and lines[0].startswith("index,"):
-        rows = [row[1:] for row in csv.reader(lines[1:])]
+    rows = list(csv.reader(lines))
+    if rows and rows[0][0] == "index":
+        rows = rows[1:]
+    if rows and all(len(row) > 1 and row[0].isdecimal() for row in rows):
+        if [int(row[0]) for row in rows] != list(range(len(rows))):
+            raise InputError(f"{path}: the indices of the classes do not count from 0")
+        rows = [row[1:] for row in rows]
     else:
         rows = [[line] for line in lines]
-    classes = {row[0]: row[-1] for row in rows if row}
+    classes = {row[0].strip(): row[-1].strip() for row in rows}
     if not classes or len(classes) < len(rows):
-        raise InputError(f"{path}: expected every class once, found {len(classes)} of {len(rows)} lines")
+        raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
     return classes
 
 
@@ -568,7 +577,9 @@ def sampling_weights(targets: Tensor) -> Tensor:
     github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are understood to
     rest; its own file is not published.
     """
-    return (targets * (1000 / (targets.sum(0, dtype=torch.float64) + 0.01))).sum(1)
+    clip, label = targets.nonzero().unbind(1)
+    rarity = 1000 / (torch.bincount(label, minlength=targets.shape[1]) + 0.01).double()
+    return torch.zeros(len(targets), dtype=torch.float64).index_add_(0, clip, rarity[label])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,7 +713,7 @@ def esc50(folder: str, output: str) -> None:
     """
     rows = read_csv(Path(folder, "meta", "esc50.csv"))
     header, rows = rows[0] if rows else [], rows[1:]
-    if not {"filename", "fold", "category"} <= set(header) or not rows:
+    if not {"filename", "fold", "category"} <= set(header) or not rows or any(len(r) != len(header) for r in rows):
         raise InputError(f"{folder}/meta/esc50.csv is not the table of ESC-50: it begins with {','.join(header)}")
     clips = [dict(zip(header, row)) for row in rows]
     audio = Path(folder, "audio")
@@ -721,10 +732,13 @@ def speechcommands(folder: str, output: str) -> None:
 
     `folder` is laid out as published: a folder a word, validation_list.txt and testing_list.txt.
     """
-    listed = {}
+    listed: dict[str, str] = {}
     for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
-        for row in read_csv(Path(folder, name), delimiter="\n", quoting=csv.QUOTE_NONE):
-            listed[row[0].strip()] = part
+        try:
+            listed |= dict.fromkeys(Path(folder, name).read_text().split("\n"), part)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {folder}/{name}: {first_line(error)}") from None
+    listed.pop("", None)
     paths, _, _ = find_audio(folder)
     files: dict[str, list] = dict(train=[], valid=[], test=[])
     for path in paths:

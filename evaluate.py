@@ -14,6 +14,7 @@ Metrics, `predict` and the probes are functions that pretrain.py and finetune.py
 import argparse
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -84,22 +85,28 @@ def _curve(scores: Tensor, targets: Tensor) -> Curve:
     return Curve(hits, before(hits), rank, before(rank), is_cut)
 
 
+def _average_precision(c: Curve) -> Tensor:
+    return ((c.hits - c.hits_before) * c.hits / c.rank * c.is_cut).sum(0) / c.hits[-1].clamp(min=1)
+
+
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """Average precision of each class, equal to scikit-learn's: (n, C) scores, (n, C) 0 or 1 -> (C,) float64.
 
     The sum over cuts of precision x gain in recall; equal scores are one cut. A class without positives has 0 as in
     scikit-learn, one without negatives 1. Raises ValueError for scores that are not finite.
     """
-    c = _curve(scores, targets)
-    return ((c.hits - c.hits_before) * c.hits / c.rank * c.is_cut).sum(0) / c.hits[-1].clamp(min=1)
+    return _average_precision(_curve(scores, targets))
+
+
+def _roc_auc(c: Curve) -> Tensor:
+    misses, misses_before = c.rank - c.hits, c.rank_before - c.hits_before
+    area = ((misses - misses_before) * (c.hits + c.hits_before) / 2 * c.is_cut).sum(0)
+    return area / (c.hits[-1] * misses[-1])
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
     """Area under the ROC curve of each class, ties counting half: -> (C,) float64, nan if it cannot be."""
-    c = _curve(scores, targets)
-    misses, misses_before = c.rank - c.hits, c.rank_before - c.hits_before
-    area = ((misses - misses_before) * (c.hits + c.hits_before) / 2 * c.is_cut).sum(0)
-    return area / (c.hits[-1] * misses[-1])
+    return _roc_auc(_curve(scores, targets))
 
 
 def d_prime(auc: float) -> float:
@@ -112,21 +119,22 @@ def accuracy(scores: Tensor, targets: Tensor) -> float:
     return targets.bool().gather(1, scores.argmax(1, keepdim=True)).double().mean().item()
 
 
-def summarize_scores(scores: Tensor, targets: Tensor) -> dict:
-    """All metrics of (n, C) scores: mAP (classes without positives count as 0, as in scikit-learn and the released
-    code, and are counted), AUC and d-prime (over the classes that have both), and accuracy if every clip has one class.
+def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
+    """All metrics of (n, C) scores, and the average precision of each class (C,).
+
+    mAP (classes without positives count as 0, as in scikit-learn and the released code, and are counted), AUC and
+    d-prime (over the classes that have both; None where it would be infinite), accuracy if every clip has one class.
     """
-    n_positive = targets.sum(0)
-    auc = roc_auc(scores, targets)
-    both = auc.isfinite()
-    result = dict(clips=len(scores), classes=scores.shape[1], mAP=average_precision(scores, targets).mean().item())
-    if both.any():
-        mean_auc = auc[both].mean().item()
-        result |= dict(AUC=mean_auc, d_prime=d_prime(mean_auc))
+    curve, n_positive = _curve(scores, targets), targets.sum(0)
+    precision, auc = _average_precision(curve), _roc_auc(curve)
+    result = dict(clips=len(scores), classes=scores.shape[1], mAP=precision.mean().item())
+    if auc.isfinite().any():
+        mean_auc = auc[auc.isfinite()].mean().item()
+        result |= dict(AUC=mean_auc, d_prime=d_prime(mean_auc) if 0 < mean_auc < 1 else None)
     if (targets.sum(1) == 1).all():
         result |= dict(accuracy=accuracy(scores, targets))
     empty, full = int((n_positive == 0).sum()), int((n_positive == len(targets)).sum())
-    return result | dict(classes_without_positives=empty, classes_without_negatives=full)
+    return result | dict(classes_without_positives=empty, classes_without_negatives=full), precision
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,6 +146,8 @@ def init_distributed(timeout: float) -> tuple[int, int, torch.device]:
 
     A process that waits `timeout` minutes for the others fails, and torchrun then ends the job.
     """
+    if not 0 < timeout < 1e6:
+        raise InputError(f"--timeout must be a number of minutes above 0, not {timeout}")
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
@@ -173,7 +183,8 @@ def predict(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = torch.arange(len(dataset)).tensor_split(world)[rank].tolist()
     values, items, problems, clips = [], [], [], []
-    rows = read_all(dataset.read, mine, min(workers, os.cpu_count()))
+    read = functools.partial(dataset.read, allow_silence=True)  # silence is scored like any other clip
+    rows = read_all(read, mine, min(workers, os.cpu_count()))
     bar = dict(total=len(mine), desc="predict", unit="clip", leave=False, disable=None if rank == 0 else True)
     for i, waveform, problem in tqdm(rows, **bar):
         if problem:
@@ -190,22 +201,26 @@ def predict(
     if world > 1:
         parts, mine = [None] * world, parts[0]
         dist.all_gather_object(parts, mine)
-    read = [part for part, _, _ in parts if part is not None]
-    if not read:
+    found = [part for part, _, _ in parts if part is not None]
+    if not found:
         raise InputError(f"{dataset.source}: none of its {len(dataset)} clips can be read ({parts[0][2][0][1]})")
     items = torch.tensor([i for _, some, _ in parts for i in some])
-    return Predictions(torch.cat(read), items, [problem for *_, some in parts for problem in some])
+    return Predictions(torch.cat(found), items, [problem for *_, some in parts for problem in some])
 
 
 def score_manifest(
     model: AudioClassifier, dataset: AudioDataset, targets: Tensor, device: torch.device, workers: int = 0
 ) -> tuple[dict, Tensor, Predictions]:
-    """Metrics of a classifier on a labelled data set: (summarize_scores, average precision (C,), the predictions)."""
+    """Metrics of a classifier on a labelled data set: (metrics, average precision (C,), the predictions).
+
+    Raises InputError if the network's scores are not finite.
+    """
     training = model.training
     found = predict(model.eval(), dataset, model.audio, device, workers=workers)
     model.train(training)
-    chosen = targets[found.items]
-    return summarize_scores(found.values, chosen), average_precision(found.values, chosen), found
+    if not found.values.isfinite().all():
+        raise InputError("the network's scores are not finite: its training has diverged")
+    return *summarize_scores(found.values, targets[found.items]), found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,46 +289,55 @@ def knn_probe(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: fl
     return torch.cat(scores)
 
 
+class Labelled(NamedTuple):
+    """A labelled data set, one item a clip."""
+
+    dataset: AudioDataset
+    targets: Tensor  # (n, C) bool
+    classes: dict[str, str]  # label -> name
+
+
 def open_labelled(
-    manifest: str, audio: AudioInput, classes: dict[str, str] | None = None
-) -> tuple[AudioDataset, Tensor, dict[str, str]]:
-    """A labelled manifest or packed folder, one item a clip, its targets (n, C), and its classes. Raises InputError."""
-    dataset = AudioDataset(manifest, audio.clip_frames, segments=False)
+    manifest: str, audio: AudioInput, classes: dict[str, str] | None = None, min_samples: int = FRAME_LENGTH
+) -> Labelled:
+    """Open a labelled manifest or packed folder; without `classes`, they are the labels found. Raises InputError."""
+    dataset = AudioDataset(manifest, audio.clip_frames, min_samples, segments=False)
     classes = classes or find_classes(dataset)
-    return dataset, read_targets(dataset, classes), classes
+    return Labelled(dataset, read_targets(dataset, classes), classes)
 
 
 def probe(
-    encoder: Encoder, audio: AudioInput, train: str, test: str, device: torch.device, workers: int = 0,
-    layer: str = "last", kinds: tuple[str, ...] = ("linear", "knn"),
+    encoder: Encoder, audio: AudioInput, train: Labelled, test: Labelled | None, device: torch.device,
+    workers: int = 0, layer: str = "last", kinds: tuple[str, ...] = ("linear", "knn"), metric: str = "",
 ) -> dict[str, float]:  # fmt: skip
-    """Fit probes to one labelled manifest and score them on another: {"probe_linear": ..., "probe_knn": ...}.
+    """Fit probes to one labelled set and score them on another: {"probe_linear": ..., "probe_knn": ...}.
 
-    Accuracy if every clip has one class, else mAP. Without a `test` manifest every fourth clip of `train` is tested.
+    metric: "accuracy" or "mAP"; by default accuracy if every clip has one class. Without a `test` set every fourth
+    clip of `train` is tested.
     """
     training = encoder.training
     encoder.eval()
-    dataset, targets, classes = open_labelled(train, audio)
-    pool = pooled_layers(encoder, layer)
-    found = predict(pool, dataset, audio, device, workers=workers)
-    x, y = found.values, targets[found.items]
-    n_bad = len(found.problems)
-    if test:
-        dataset, targets, _ = open_labelled(test, audio, classes)
-        found = predict(pool, dataset, audio, device, workers=workers)
-        x_test, y_test = found.values, targets[found.items]
-        n_bad += len(found.problems)
-    else:
-        is_test = found.items % 4 == 3
-        x, y, x_test, y_test = x[~is_test], y[~is_test], x[is_test], y[is_test]
+    found = [
+        predict(pooled_layers(encoder, layer), some.dataset, audio, device, workers=workers)
+        for some in (train, test)
+        if some
+    ]
     encoder.train(training)
+    x, y = found[0].values, train.targets[found[0].items]
+    if test:
+        x_test, y_test = found[1].values, test.targets[found[1].items]
+    else:
+        is_test = found[0].items % 4 == 3
+        x, y, x_test, y_test = x[~is_test], y[~is_test], x[is_test], y[is_test]
+    n_bad = sum(len(some.problems) for some in found)
     if n_bad and (not dist.is_initialized() or dist.get_rank() == 0):
-        tqdm.write(f"WARNING: {n_bad} clips of {train} or {test or 'it'} cannot be read, the probe does without them")
+        tqdm.write(f"WARNING: {n_bad} labelled clips cannot be read, the probe does without them")
     if not len(x) or not len(x_test):
-        raise InputError(f"{train}: too few clips for a probe")
-    metric = accuracy if (targets.sum(1) == 1).all() else lambda *some: average_precision(*some).mean().item()
+        raise InputError(f"{train.dataset.source}: too few clips for a probe")
+    metric = metric or ("accuracy" if (train.targets.sum(1) == 1).all() else "mAP")
     fit = dict(linear=linear_probe, knn=knn_probe)
-    return {f"probe_{kind}": metric(fit[kind](x, y, x_test), y_test) for kind in kinds}
+    scores = {f"probe_{kind}": fit[kind](x, y, x_test) for kind in kinds}
+    return {name: summarize_scores(some, y_test)[0][metric] for name, some in scores.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +539,7 @@ def evaluate_manifest(model: AudioClassifier, manifest: str, device: torch.devic
     result, precision, found = score_manifest(model, dataset, targets, device, args.workers)
     if not is_main:
         return
-    for name, problem in found.problems:
+    for name, problem in [*found.problems, *((name, "shorter than a frame") for name in dataset.short_names())]:
         print(f"{name} cannot be used: {problem}", file=sys.stderr)
     if args.json:
         print(json.dumps(result | dict(unreadable=len(found.problems))))
@@ -737,10 +761,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def rename_classes(model: AudioClassifier, path: str) -> None:
-    """Give a classifier the labels and names of a file. Raises InputError if their number differs."""
+    """Give the classes of a classifier the names of a file, by their labels, or by their order if it has no labels.
+
+    Raises InputError if the file does not list the same classes.
+    """
     classes = read_classes(path)
     if len(classes) != len(model.classes):
         raise InputError(f"{path} lists {len(classes)} classes, the checkpoint has {len(model.classes)}")
+    if classes.keys() == model.classes.keys():
+        classes = {label: classes[label] for label in model.classes}
+    elif not all(label.startswith("class ") for label in model.classes):  # what read_pretrained calls nameless ones
+        unknown = next(label for label in model.classes if label not in classes)
+        raise InputError(f"{path} does not list {unknown!r}, a class of the checkpoint")
     model.classes = classes
 
 

@@ -33,26 +33,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    AudioDataset,
     Batch,
     ClipSampler,
     InputError,
     build_loader,
-    find_classes,
     first_line,
     read_classes,
-    read_targets,
     sampling_weights,
     seed_of,
     spectrogram,
     to_float,
 )
-from evaluate import PROBE_LAYERS, init_distributed, open_labelled, probe, score_manifest
-from model import MAX_PATCH_ROWS, MODELS, AudioClassifier, AudioInput, Encoder
+from evaluate import PROBE_LAYERS, Labelled, init_distributed, open_labelled, probe, score_manifest
+from model import MAX_PATCH_ROWS, MODELS, AudioClassifier, AudioInput, Encoder, read_pretrained
 from pretrain import (
     AMP,
     DEMO,
     Feed,
+    Health,
     Stop,
     check_batch,
     check_choices,
@@ -68,6 +66,7 @@ from pretrain import (
     restore,
     run_script,
     save_checkpoint,
+    summarize,
     trim_log,
 )
 
@@ -81,7 +80,7 @@ class FinetuneConfig:
     classes: str = ""  # class_labels_indices.csv, or a file with a label a line; without it, the labels of --data
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
     init: str = ""  # checkpoint to start from, own or released, or scratch
-    model: str = "base"  # size of --init scratch: rows of model.MODELS
+    model: str = "base"  # size of --init scratch: a row of model.MODELS, or that of a checkpoint
     fold: str = ""  # number of one fold of a cross-validation, or all
     clip_frames: int = AudioInput.clip_frames  # frames of 10 ms per clip; longer clips are cut, shorter ones padded
     norm_mean: float = AudioInput.norm_mean  # of the log-mel values (AudioSet); python data.py stats prints yours
@@ -151,14 +150,14 @@ PRESETS = {
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune", model="demo",
         init="runs/demo/last.pt", compare=True, clip_frames=64, min_samples=1600, weighted=False, loss="ce",
         metric="accuracy", label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1, specaug_time=0.1,
-        layer_decay=0.9, batch_size=32, updates=800, warmup=80, lr=1e-3,
-        workers=1, log_every=100, save_every=200, eval_every=200,
+        layer_decay=0.9, batch_size=32, updates=400, warmup=40, lr=1e-3,
+        workers=1, log_every=50, save_every=100, eval_every=100,
     ),
 }  # fmt: skip
 
 MAY_CHANGE = set(
     "data eval_data out_dir init accumulate compile workers log_every save_every eval_every max_bad_fraction "
-    "max_skipped timeout probe probe_layer compare fold".split()
+    "max_skipped timeout probe probe_layer compare fold classes model".split()
 )
 
 
@@ -167,25 +166,28 @@ MAY_CHANGE = set(
 
 
 class Draws(NamedTuple):
-    """Everything random about the augmentation of an update's clips, each (batch_size,) float64 unless noted."""
+    """Everything random about the augmentation of some clips, each (B,) float64."""
 
     roll: Tensor  # 0 to 1, part of the clip
     gain: Tensor
     noise: Tensor  # 0 to 1
-    shift: Tensor  # int64, -10 to 9 frames
+    shift: Tensor  # -10 to 9 frames, whole numbers
     freq_width: Tensor  # 0 to 1, of the largest width; likewise the others
     freq_start: Tensor
     time_width: Tensor
     time_start: Tensor
 
 
-def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Draws, float]:
-    """The draws of an update and its mixup weight: every process draws the same ones and takes its rows."""
+def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Tensor, float]:
+    """The draws of an update, (8, batch_size) in the order of Draws, and its mixup weight.
+
+    Every process draws the same ones and takes its clips.
+    """
     rng, n = np.random.default_rng(seed_of("augment", config.seed, step)), config.batch_size
     draws = [rng.random(n), rng.beta(10, 10, n) + 0.5, rng.random(n), rng.integers(-10, 10, n)]
     draws += [rng.random(n) for _ in range(4)]
     mixes = config.mixup > 0 and rng.random() < config.mixup_prob
-    return Draws(*map(torch.from_numpy, draws)), rng.beta(config.mixup, config.mixup) if mixes else 1.0
+    return torch.from_numpy(np.stack(draws)), rng.beta(config.mixup, config.mixup) if mixes else 1.0
 
 
 def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Te
     """
     spec = spec + uniform * (noise.float() / 10)[:, None, None, None]
     frames = torch.arange(spec.shape[2], device=spec.device)
-    source = (frames - shift[:, None]) % spec.shape[2]                                              # (B, F)
+    source = (frames - shift[:, None].long()) % spec.shape[2]                                       # (B, F)
     return spec.gather(2, source[:, None, :, None].expand_as(spec))
 
 
@@ -235,6 +237,11 @@ def spec_augment(spec: Tensor, draws: Draws, freq: float, time: float) -> Tensor
     return spec
 
 
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def micro_batches(
     feed: Iterator[Batch], sampler: ClipSampler, targets: Tensor, config: FinetuneConfig, step: int,
     device: torch.device,
@@ -244,7 +251,7 @@ def micro_batches(
     parts = []
     for micro in range(config.accumulate):
         batch, rows = next(feed), sampler.rows(micro)
-        mine = Draws(*(draw[rows].to(device) for draw in draws))
+        mine = Draws(*move(draws[:, rows], device))
         waveform, n_samples = (x.to(device, non_blocking=True) for x in batch[:2])
         if config.roll:
             waveform = roll_and_gain(waveform, n_samples, mine.roll, mine.gain)
@@ -255,7 +262,7 @@ def micro_batches(
                 seed = seed_of("uniform", config.seed, step, clip)
                 row.uniform_(generator=torch.Generator(device).manual_seed(seed))
             spec = add_noise(spec, uniform, mine.noise, mine.shift)
-        y = targets[batch.items].to(device).float()                                                 # (B, C)
+        y = move(targets[batch.items], device).float()                                              # (B, C)
         if weight < 1:
             spec, y = mixup(spec, weight), mixup(y, weight)
         parts.append((spec_augment(spec, mine, config.specaug_freq, config.specaug_time), y))
@@ -337,10 +344,8 @@ def train_step(
 class Task(NamedTuple):
     """What the settings name, opened."""
 
-    data: AudioDataset
-    targets: Tensor  # (n, C) bool, of the items of data
-    eval_data: AudioDataset
-    eval_targets: Tensor
+    train: Labelled
+    test: Labelled
     model: AudioClassifier
 
 
@@ -355,42 +360,49 @@ def check(config: FinetuneConfig, world: int) -> tuple[Task, dict[str, str]]:
     )
     check_choices(
         config, loss=("bce_positives", "bce", "ce"), metric=("mAP", "accuracy"), pooling=("cls", "mean"), amp=AMP,
-        model=MODELS, probe=("", "linear", "knn"), probe_layer=PROBE_LAYERS,
+        probe=("", "linear", "knn"), probe_layer=PROBE_LAYERS,
     )  # fmt: skip
     check_batch(config, world)
     if config.drop_path == 1:
         raise InputError("--drop_path must be below 1")
     if config.mixup and config.batch_size // (world * config.accumulate) % 2:
         raise InputError(f"mixup pairs clips: --batch_size {config.batch_size} must give each part an even number")
+    if config.probe == "knn" and config.probe_layer == "mix":
+        raise InputError("--probe_layer mix needs --probe linear: nearest neighbours learn no weights")
     if not config.eval_data:
         raise InputError("--eval_data is missing: a labelled manifest or packed folder")
     if not config.init:
         raise InputError("--init is missing: a checkpoint, or scratch")
-    if not 16 <= config.clip_frames <= MAX_PATCH_ROWS * 16:
-        raise InputError(f"--clip_frames {config.clip_frames}: 16 to {MAX_PATCH_ROWS * 16}")
-    data = AudioDataset(config.data, config.clip_frames, config.min_samples, segments=False)
-    classes = read_classes(config.classes) if config.classes else find_classes(data)
-    targets = read_targets(data, classes)
-    if len(classes) < 2:
-        raise InputError(f"{config.data} has one class only: {next(iter(classes))}")
-    eval_data, eval_targets, _ = open_labelled(config.eval_data, config.audio, classes)
-    for source, some in ((config.data, targets), (config.eval_data, eval_targets)):
-        if (config.loss == "ce" or config.metric == "accuracy") and (some.sum(1) != 1).any():
-            raise InputError(f"{source}: a clip has several labels, use --loss bce_positives --metric mAP")
-    model = build_classifier(config, classes)
-    digests = dict(data_digest=data.digest(), eval_digest=eval_data.digest())
-    return Task(data, targets, eval_data, eval_targets, model), digests | dict(init_digest=digest_of(model))
+    classes = read_classes(config.classes) if config.classes else None
+    train = open_labelled(config.data, config.audio, classes, config.min_samples)
+    if len(train.classes) < 2:
+        raise InputError(f"{config.data} has one class only: {next(iter(train.classes))}")
+    test = open_labelled(config.eval_data, config.audio, train.classes)
+    for some in (train, test):
+        if (config.loss == "ce" or config.metric == "accuracy") and (some.targets.sum(1) != 1).any():
+            raise InputError(f"{some.dataset.source}: a clip has several labels, use --preset as20k, or its losses")
+    model = build_classifier(config, train.classes)
+    return Task(train, test, model), dict(
+        data_digest=train.dataset.digest(), eval_digest=test.dataset.digest(), init_digest=digest_of(model),
+        classes_digest=hashlib.sha256("\n".join(train.classes).encode(errors="surrogateescape")).hexdigest(),
+    )  # fmt: skip
 
 
 def build_classifier(config: FinetuneConfig, classes: dict[str, str]) -> AudioClassifier:
-    """The encoder of --init, or a new one, with a new head for these classes."""
+    """The encoder of --init, or a new one, with a new head for these classes. Raises InputError."""
     torch.manual_seed(config.seed)
     if config.init == PRESETS["demo"]["init"] and not Path(config.init).exists():
         raise InputError(f"there is no {config.init} yet: run python pretrain.py --preset demo first")
-    encoder = Encoder(MODELS[config.model]) if config.init == "scratch" else Encoder.from_pretrained(config.init)
+    if config.init != "scratch":
+        encoder = Encoder.from_pretrained(config.init)
+    elif config.model in MODELS or Path(config.model).exists():
+        encoder = Encoder(MODELS[config.model] if config.model in MODELS else read_pretrained(config.model).network)
+    else:
+        raise InputError(f"--model {config.model}: choose from {', '.join(MODELS)}, or a checkpoint")
+    rows, last = encoder.config.grid(config.clip_frames)[0], MAX_PATCH_ROWS * encoder.config.patch_size
+    if not 1 <= rows <= MAX_PATCH_ROWS:
+        raise InputError(f"--clip_frames {config.clip_frames}: {encoder.config.patch_size} to {last}")
     network = dataclasses.replace(encoder.config, drop_path=config.drop_path)
-    if network.grid(config.clip_frames)[0] < 1:
-        raise InputError(f"--clip_frames {config.clip_frames} is less than a patch of {network.patch_size}")
     model = AudioClassifier(network, classes, config.pooling, config.loss == "ce", config.audio)
     model.encoder.load_state_dict(encoder.state_dict())
     return model
@@ -404,9 +416,10 @@ def digest_of(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def train(config: FinetuneConfig, rank: int, world: int, device: torch.device) -> int:
-    """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
+def train(config: FinetuneConfig, rank: int, world: int, device: torch.device, stop: Stop) -> tuple[int, float]:
+    """Run the fine-tuning that `config` describes, or go on with it: (exit status, score of the last evaluation)."""
     task, checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
+    data, targets, classes = task.train
     out_dir, is_main = Path(config.out_dir), rank == 0
 
     # Network, optimizer
@@ -420,114 +433,116 @@ def train(config: FinetuneConfig, rank: int, world: int, device: torch.device) -
     parts_of_run = dict(classifier=classifier, optimizer=optimizer, scaler=scaler)
 
     # Resume
-    start, best = 0, dict(step=0, score=-1.0)
+    step, last, best = 0, dict(step=0, score=math.nan), dict(step=0, score=-1.0)
     if checkpoint is not None:
         state = restore(out_dir / checkpoint, parts_of_run)
-        start, best = state["step"], state["best"]
+        step, last, best = state["step"], state["last"], state["best"]
+        del state
     if is_main:
-        trim_log(out_dir, start)
+        trim_log(out_dir, step)
         n_parameters = sum(p.numel() for p in classifier.parameters())
-        begin = f"resuming at update {start}" if start else "starting"
+        begin = f"resuming at update {step}" if step else "starting"
         print(f"{begin} in {out_dir}: {config.init}, {n_parameters:,} parameters", end=", ")
-        print(f"{len(classifier.classes)} classes, {len(task.data):,} clips", end=", ")
-        print(f"{len(task.eval_data):,} to evaluate, {world} x {device.type}", end=", ")
+        print(f"{len(classes)} classes, {len(data):,} clips", end=", ")
+        print(f"{len(task.test.dataset):,} to evaluate, {world} x {device.type}", end=", ")
         print(str(amp_dtype).removeprefix("torch."))
 
-    # Data: the stream of clips from update `start` on
-    stop = Stop(world, config.timeout)
-    weights = sampling_weights(task.targets) if config.weighted else None
+    # Data: the stream of clips from this update on
+    weights = sampling_weights(targets) if config.weighted else None
     sampler = ClipSampler(
-        len(task.data), config.batch_size, config.seed, start, rank, world, config.accumulate,
+        len(data), config.batch_size, config.seed, step, rank, world, config.accumulate,
         weights, config.epoch_clips, mirrored=config.mixup > 0,
     )  # fmt: skip
-    loader = build_loader(task.data, sampler, config.workers, pin_memory=device.type == "cuda")
-    feed = Feed(loader, task.data, out_dir)
+    feed = Feed(build_loader(data, sampler, config.workers, pin_memory=device.type == "cuda"), data, out_dir)
     if is_main:
-        feed.report((name, f"shorter than {config.min_samples} samples") for name in task.data.short_names())
+        feed.report((name, f"shorter than {config.min_samples} samples") for name in data.short_names())
     if config.compile:
         classifier.compile()
     model = classifier if world == 1 else DistributedDataParallel(
         classifier, gradient_as_bucket_view=True, broadcast_buffers=False
     )
 
-    def save(name: str, **more) -> None:
-        """Only last.pt keeps the one before it; best.pt has no optimizer."""
-        plain = dict(step=step, config=asdict(config), network=asdict(classifier.encoder.config), best=best)
+    def save(name: str, **more) -> bool:
+        """Only last.pt keeps the one before it; best.pt has no optimizer. False if the disk did not take it."""
+        plain = dict(step=step, config=asdict(config), network=asdict(classifier.encoder.config), last=last, best=best)
         plain |= dict(classes=classifier.classes, norm_eps=classifier.fc_norm.eps)
         try:
             save_checkpoint(out_dir / name, keep=name == "last.pt", **plain, classifier=classifier.state_dict(), **more)
         except (OSError, RuntimeError) as error:
             message = f"could not save update {step} in {out_dir} ({first_line(error)}), the last checkpoint stands"
-            if is_last or code:
+            if step == config.updates or code:
                 raise InputError(message) from None
             tqdm.write(f"WARNING: {message}; the run goes on")
+            return False
+        return True
 
-    code, history, streak, clock, feed.waited = 0, [], 0, time.perf_counter(), 0.0
-    bar = dict(initial=start, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
-    for step in (progress := tqdm(range(start, config.updates), **bar)):
-        torch.manual_seed(seed_of("drop_path", config.seed, step, rank))
-        parts = micro_batches(feed, sampler, task.targets, config, step, device)
-        out = train_step(model, optimizer, scaler, parts, step, config, amp_dtype)
-        history.append(torch.stack([out["loss"], out["grad_norm"]]))
-        step += 1  # from here on: completed updates
-        is_last, is_epoch = step == config.updates, step * config.batch_size % sampler.epoch_items < config.batch_size
+    def save_last() -> None:
+        save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    def is_due() -> bool:
+        """Whether the network is to be evaluated as it is, and has not been."""
+        is_epoch = step * config.batch_size % sampler.epoch_items < config.batch_size
+        is_time = step % config.eval_every == 0 if config.eval_every else is_epoch
+        return step > last["step"] and (is_time or step == config.updates)
+
+    def evaluate() -> None:
+        nonlocal last, best
+        scores, _, found = score_manifest(classifier, task.test.dataset, task.test.targets, device, config.workers)
+        last = dict(step=step, score=scores[config.metric])
+        if is_main:
+            feed.report(found.problems)
+            log(out_dir, dict(step=step, **scores))
+            before, best = best, max(best, last, key=lambda some: some["score"])
+            if best is last and not save("best.pt"):
+                best = before
+
+    code, history, health, clock, feed.waited = 0, [], Health(stop, config), time.perf_counter(), 0.0
+    if is_due():  # stopped before its evaluation
+        evaluate()
+    bar = dict(initial=step, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
+    for done in (progress := tqdm(range(step, config.updates), **bar)):
+        torch.manual_seed(seed_of("drop_path", config.seed, done, rank))
+        parts = micro_batches(feed, sampler, targets, config, done, device)
+        out = train_step(model, optimizer, scaler, parts, done, config, amp_dtype)
+        history.append(torch.stack([world * out["loss"], out["grad_norm"]]))  # a process knows its share of the loss
+        step = done + 1  # completed updates
+        is_last = step == config.updates
 
         if step == 1 or step % config.log_every == 0 or is_last:
-            rows = torch.stack(history)                                                             # (updates, 2)
-            counts = torch.tensor([feed.n_bad, feed.n_read], device=device)
-            if world > 1:
-                dist.all_reduce(rows)  # loss: a share of each process; grad_norm: the same on all
-                dist.all_reduce(counts)
-            seconds, is_good = time.perf_counter() - clock, rows.isfinite().all(1)
-            for good in is_good.tolist():
-                streak = 0 if good else streak + 1
-            loss, grad_norm = rows[is_good].mean(0).tolist() if is_good.any() else (None, None)
+            means, skipped, bad_fraction = summarize(history, ("loss", "grad_norm"), feed, world)
+            health.check(skipped, bad_fraction)
+            seconds = time.perf_counter() - clock
             record = dict(
-                step=step, epoch=step * config.batch_size / sampler.epoch_items, loss=loss,
-                grad_norm=grad_norm and grad_norm / world, lr=optimizer.param_groups[0]["lr"],
-                skipped=int((~is_good).sum()), bad_files=len(read_bad_files(feed.path)),
-                clips_per_s=len(history) * config.batch_size / seconds, step_ms=1000 * seconds / len(history),
-                data_wait=feed.waited / seconds, peak_memory_gib=peak_memory_gib(device),
+                step=step, epoch=step * config.batch_size / sampler.epoch_items, **means,
+                lr=max(group["lr"] for group in optimizer.param_groups), skipped=sum(skipped),
+                bad_files=len(read_bad_files(feed.path)), clips_per_s=len(history) * config.batch_size / seconds,
+                step_ms=1000 * seconds / len(history), data_wait=feed.waited / seconds,
+                peak_memory_gib=peak_memory_gib(device),
             )  # fmt: skip
             if is_main:
                 log(out_dir, record)
                 progress.set_postfix({k: record[k] for k in ("loss", "lr", "clips_per_s")})
-                n_bad, n_read = counts.tolist()
-                if n_read >= 100 and n_bad / n_read > config.max_bad_fraction:
-                    stop.code, stop.reason = 1, f"{n_bad / n_read:.0%} of the clips cannot be used: see {feed.path}"
-                if streak >= config.max_skipped:
-                    stop.code, stop.reason = 1, f"{streak} updates in a row had no finite gradient (lower --lr)"
             history, clock, feed.waited = [], time.perf_counter(), 0.0
 
         code = stop.agreed()
-        if is_last or (step % config.eval_every == 0 if config.eval_every else is_epoch):
-            scores, _, found = score_manifest(classifier, task.eval_data, task.eval_targets, device, config.workers)
-            feed.report(found.problems)
-            if is_main:
-                log(out_dir, dict(step=step, **scores))
-            if scores[config.metric] > best["score"]:
-                best = dict(step=step, score=scores[config.metric])
-                if is_main:
-                    save("best.pt")
-            clock = time.perf_counter()
         if is_main and (step % config.save_every == 0 or is_last or code > 128):
-            save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            save_last()
         if code:
             break
+        if is_due():
+            begin = time.perf_counter()
+            evaluate()
+            clock += time.perf_counter() - begin  # the log's speed is that of the training
+            if is_main and is_last:
+                save_last()  # knows its score
 
     progress.close()
     if is_main and code:
         print(f"finetune.py: {stop.reason or 'stopped by a signal to another process'}", file=sys.stderr)
     elif is_main:
-        name, last = config.metric, last_score(out_dir, config.metric)
-        print(f"done: {name} {last:.4f} after the last update, at best {best['score']:.4f} (update {best['step']})")
-    return code
-
-
-def last_score(out_dir: Path, metric: str) -> float:
-    """The score of the last evaluation in a run's log."""
-    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return next((record[metric] for record in reversed(records) if metric in record), math.nan)
+        score, top = f"{config.metric} {last['score']:.4f}", f"{best['score']:.4f} (update {best['step']})"
+        print(f"done: {score} after the last update, at best {top}")
+    return code, last["score"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,19 +550,20 @@ def last_score(out_dir: Path, metric: str) -> float:
 
 
 def variants(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
-    """The rows of the table: the run itself, or with --compare everything to set beside it."""
+    """The rows of the table: the run itself, or with --compare everything to set beside it. Raises InputError."""
     if not config.compare:
-        return {config.probe or config.init: config}
-    sub = {name: str(Path(config.out_dir, name)) for name in ("pretrained", "scratch", "probes")}
-    make = dataclasses.replace
+        return {f"{config.probe} probe" if config.probe else "fine-tuned": config}
+    if config.probe or config.init == "scratch":
+        raise InputError("--compare needs a checkpoint as --init, and no --probe: it makes both itself")
+    make, scratch = dataclasses.replace, dict(init="scratch", model=config.init)
     rows = {
-        "fine-tuned, pre-trained": make(config, out_dir=sub["pretrained"]),
-        "fine-tuned, from scratch": make(config, out_dir=sub["scratch"], init="scratch"),
+        "fine-tuned, pre-trained": make(config, out_dir=str(Path(config.out_dir, "pretrained"))),
+        "fine-tuned, from scratch": make(config, out_dir=str(Path(config.out_dir, "scratch")), **scratch),
     }
     for kind, layer in (("linear", "last"), ("linear", "mix"), ("knn", "last")):
-        frozen = make(config, out_dir=sub["probes"], probe=kind, probe_layer=layer)
         name = f"{kind} probe" + (", all blocks" if layer == "mix" else "")
-        rows |= {f"{name}, pre-trained": frozen, f"{name}, random encoder": make(frozen, init="scratch")}
+        rows[f"{name}, pre-trained"] = make(config, probe=kind, probe_layer=layer)
+        rows[f"{name}, random encoder"] = make(config, probe=kind, probe_layer=layer, **scratch)
     return rows
 
 
@@ -574,44 +590,45 @@ def folds(config: FinetuneConfig) -> list[FinetuneConfig]:
 
 def run_probe(config: FinetuneConfig, device: torch.device, world: int) -> float:
     """Score of a probe of the frozen encoder; accuracy or mAP."""
-    task, _ = check(config, world)
-    scores = probe(
-        task.model.encoder.to(device), config.audio, config.data, config.eval_data, device, config.workers,
-        config.probe_layer, (config.probe,),
-    )  # fmt: skip
-    return scores[f"probe_{config.probe}"]
+    (train, test, model), _ = check(config, world)
+    kind = dict(layer=config.probe_layer, kinds=(config.probe,), metric=config.metric)
+    return probe(model.encoder.to(device), config.audio, train, test, device, config.workers, **kind).popitem()[1]
 
 
 def run_all(config: FinetuneConfig) -> int:
     """All the runs that the command line asks for, one after the other, and their table; returns the exit status."""
     torch.backends.cudnn.allow_tf32 = False
     rank, world, device = init_distributed(config.timeout)
-    table: dict[str, list[float]] = {}
-    plans = {name: folds(row) for name, row in variants(config).items()}
-    for name, plan in plans.items():
-        for row in plan:
-            if row.probe:
-                table.setdefault(name, []).append(run_probe(row, device, world))
-                continue
-            if code := train(row, rank, world, device):
-                return code
-            table.setdefault(name, []).append(last_score(Path(row.out_dir), row.metric))
-    if rank == 0 and (len(table) > 1 or config.probe or any(len(plan) > 1 for plan in plans.values())):
-        print_table(table, config)
+    plan = [(name, row) for name, some in variants(config).items() for row in folds(some)]
+    if len(plan) > 1:
+        for _, row in plan:  # a fold that is missing is told before the first has run for hours
+            check(row, world)
+    stop, table = Stop(world, config.timeout), {}
+    for name, row in plan:
+        if row.probe:
+            code, score = stop.agreed(), run_probe(row, device, world)
+        else:
+            code, score = train(row, rank, world, device, stop)
+        if code := code or stop.agreed():
+            return code
+        table.setdefault(name, []).append(score)
+    if rank == 0 and (len(plan) > 1 or config.probe):
+        print_table(table, config, keep=len(plan) > 1)
     if world > 1:
         dist.destroy_process_group()
     return 0
 
 
-def print_table(table: dict[str, list[float]], config: FinetuneConfig) -> None:
-    """Print each row's score, with several folds their mean and each of them, and keep it in table.json."""
+def print_table(table: dict[str, list[float]], config: FinetuneConfig, keep: bool) -> None:
+    """Print each row's score, with several folds their mean and each of them; `keep` it in table.json."""
     width = max(map(len, table))
     print(f"\n{'':{width}s}  {config.metric}")
     for name, scores in table.items():
         each = "  (" + " ".join(f"{score:.4f}" for score in scores) + ")" if len(scores) > 1 else ""
         print(f"{name:{width}s}  {np.mean(scores):.4f}{each}")
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    Path(config.out_dir, "table.json").write_text(json.dumps({config.metric: table}, indent=1) + "\n")
+    if keep:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.out_dir, "table.json").write_text(json.dumps({config.metric: table}, indent=1) + "\n")
 
 
 def main() -> None:

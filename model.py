@@ -526,7 +526,7 @@ def read_pretrained(path: str | os.PathLike) -> Pretrained:
             raise CheckpointError(f"no checkpoint in {path}: looked for model.safetensors, best.pt and last.pt")
     try:
         if path.is_dir() or path.suffix == ".safetensors":
-            return _read_hugging_face(path if path.is_dir() else path.parent)
+            return _read_hugging_face(path / "model.safetensors" if path.is_dir() else path)
         state = load_checkpoint(path)
         if "network" in state:
             return _read_own(state)
@@ -586,22 +586,23 @@ def _read_fairseq(state: dict) -> Pretrained:
         ordered = sorted(labels, key=lambda label: int(labels[label]))
         found.classes = state.get("classes") or _classes(ordered, len(found.head["head.bias"]))
         found.exclusive = state.get("exclusive", bool(flags.get("esc50_eval")))
+        found.norm_eps = state.get("norm_eps", NORM_EPS)
         found.pooling = "mean" if cfg["model"].get("prediction_mode") == "MEAN_POOLING" else "cls"
     return found
 
 
-def _read_hugging_face(folder: Path) -> Pretrained:
+def _read_hugging_face(path: Path) -> Pretrained:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise CheckpointError("Hugging Face folders need the package safetensors: pip install safetensors") from None
     try:
-        config = json.loads((folder / "config.json").read_text())
-        with safe_open(folder / "model.safetensors", "pt") as file:
+        config = json.loads(path.with_name("config.json").read_text())
+        with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
             extra = json.loads((file.metadata() or {}).get("eat", "{}"))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {folder}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     if config.get("layer_norm_first") or config.get("norm_eps", NORM_EPS) != NORM_EPS:
         raise ValueError("its blocks are not those of the published models (layer_norm_first, norm_eps)")
     known = ("model." + POSITIONS[1], "model.fc_norm.", "model.head.")
@@ -615,7 +616,7 @@ def _read_hugging_face(folder: Path) -> Pretrained:
         found.head = rename(weights, [("model.fc_norm.", "fc_norm."), ("model.head.", "head.")])
         found.classes = extra.get("classes") or _classes([], len(found.head["head.bias"]))
         found.exclusive = extra.get("exclusive", False)
-        found.norm_eps = 1e-5  # the published code builds this one norm with PyTorch's default
+        found.norm_eps = extra.get("norm_eps", 1e-5)  # the published code builds this one norm with PyTorch's default
     return found
 
 
@@ -668,7 +669,7 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     network, head = found.network, found.head or {}
     positions = sincos_2d(MAX_PATCH_ROWS, network.mel_bins // network.patch_size, network.width)[None].contiguous()
-    ours = dict(audio=asdict(found.audio), classes=found.classes, exclusive=found.exclusive)
+    ours = dict(audio=asdict(found.audio), classes=found.classes, exclusive=found.exclusive, norm_eps=found.norm_eps)
 
     tensors = rename(found.encoder, [(name, theirs) for name, _, theirs in ENCODER_NAMES])
     tensors |= {POSITIONS[1]: positions} | head

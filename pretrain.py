@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ from data import (
     spectrogram,
     write_lines,
 )
-from evaluate import init_distributed, open_labelled, probe
+from evaluate import Labelled, init_distributed, open_labelled, probe
 from masking import count_visible, flexible_block_mask, inverse_block_mask, random_mask, visible_ids
 from model import (
     EAT,
@@ -120,6 +120,10 @@ class PretrainConfig:
     probe_manifest: str = ""  # labelled manifest: what the frozen encoder knows of it, before and after training
     probe_test: str = ""  # labelled manifest to score the probes on; without it, every fourth clip of the other
     probe_every: int = 0  # also probe every so many updates, 0 = not
+
+    @property
+    def audio(self) -> AudioInput:
+        return AudioInput(clip_frames=self.clip_frames, norm_mean=self.norm_mean, norm_std=self.norm_std)
 
     @property
     def network(self) -> ModelConfig:
@@ -535,6 +539,10 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
         self.code, self.reason = 128 + number, f"stopped by {signal.Signals(number).name}; the same command goes on"
 
+    def ask(self, reason: str) -> None:
+        """Wish to stop with exit status 1."""
+        self.code, self.reason = 1, reason
+
     def agreed(self) -> int:
         """The exit status of the stop that some process wishes, 0 if none does; the same on all processes."""
         code = torch.tensor(self.code)
@@ -577,30 +585,37 @@ def read_bad_files(path: Path) -> set[str]:
     return {line.split("\t")[0] for line in path.read_text(errors="surrogateescape").splitlines()}
 
 
-def check(config: PretrainConfig, world: int) -> tuple[tuple[AudioDataset, tuple[EAT, Encoder] | None], dict[str, str]]:
-    """Check the settings and open what they name: ((data, weights to start from), digests of the data)."""
+class Task(NamedTuple):
+    """What the settings name, opened."""
+
+    data: AudioDataset
+    probe_data: tuple[Labelled | None, Labelled | None]
+    init: tuple[EAT, Encoder] | None
+
+
+def check(config: PretrainConfig, world: int) -> tuple[Task, dict[str, str]]:
+    """Check the settings and open what they name: (task, digest of the data). Raises InputError."""
     check_config(config, world)
-    dataset = AudioDataset(config.data, config.clip_frames, config.min_samples)
+    data, train, test = AudioDataset(config.data, config.clip_frames, config.min_samples), None, None
     if config.probe_manifest:
-        *_, classes = open_labelled(config.probe_manifest, AudioInput(clip_frames=config.clip_frames))
-        if config.probe_test:
-            open_labelled(config.probe_test, AudioInput(clip_frames=config.clip_frames), classes)
-    weights = EAT.from_pretrained(config.init) if config.init else None
-    if weights and weights[0].config != config.network:
+        train = open_labelled(config.probe_manifest, config.audio)
+        test = open_labelled(config.probe_test, config.audio, train.classes) if config.probe_test else None
+    init = EAT.from_pretrained(config.init) if config.init else None
+    if init and init[0].config != config.network:
         raise InputError(f"--init {config.init} is of another size than --model {config.model}")
-    return (dataset, weights), dict(data_digest=dataset.digest())
+    return Task(data, (train, test), init), dict(data_digest=data.digest())
 
 
 def train(config: PretrainConfig) -> int:
     """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
     torch.backends.cudnn.allow_tf32 = False  # --amp fp32 means fp32, in convolutions too
     rank, world, device = init_distributed(config.timeout)
-    (dataset, weights), checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
+    (dataset, probe_data, init), checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
     out_dir, is_main = Path(config.out_dir), rank == 0
 
     # Student, teacher, optimizer
     torch.manual_seed(config.seed)
-    student, teacher = weights or (EAT(config.network), None)
+    student, teacher = init or (EAT(config.network), None)
     student.to(device).train()
     teacher = (teacher or copy.deepcopy(student.encoder)).to(device).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
@@ -638,9 +653,8 @@ def train(config: PretrainConfig) -> int:
     )
 
     def run_probe(step: int) -> None:
-        if config.probe_manifest:
-            audio = AudioInput(clip_frames=config.clip_frames, norm_mean=config.norm_mean, norm_std=config.norm_std)
-            found = probe(student.encoder, audio, config.probe_manifest, config.probe_test, device, config.workers)
+        if probe_data[0]:
+            found = probe(student.encoder, config.audio, *probe_data, device, config.workers)
             if is_main:
                 log(out_dir, dict(step=step, **found))
 
@@ -651,20 +665,18 @@ def train(config: PretrainConfig) -> int:
 
     if not start:
         run_probe(0)
-    code, history, streak, longest, clock, feed.waited = 0, [], 0, 0, time.perf_counter(), 0.0
+    code, history, health, clock, feed.waited = 0, [], Health(stop, config), time.perf_counter(), 0.0
     bar = dict(initial=start, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
     for step in (progress := tqdm(range(start, config.updates), **bar)):
         parts = micro_batches(feed, sampler, config, step, device)
         out = train_step(model, teacher, optimizer, scaler, parts, step, config, amp_dtype)
-        history.append(torch.stack([out[k] for k in ("loss", "loss_frame", "loss_utterance", "grad_norm")]))
+        history.append(torch.stack([out[k] for k in LOGGED]))
         step += 1  # from here on: completed updates
         is_last = step == config.updates
 
         if step == 1 or step % config.log_every == 0 or is_last:
-            losses, skipped, bad_fraction = summarize(history, feed, world)
-            for is_skipped in skipped:
-                streak = streak + 1 if is_skipped else 0
-                longest = max(longest, streak)
+            losses, skipped, bad_fraction = summarize(history, LOGGED, feed, world)
+            health.check(skipped, bad_fraction)
             seconds = time.perf_counter() - clock
             record = dict(
                 step=step, epoch=step * config.batch_size / len(dataset), **losses, **spread(out, config.clones),
@@ -676,11 +688,13 @@ def train(config: PretrainConfig) -> int:
             if is_main:
                 log(out_dir, record)
                 progress.set_postfix({k: record[k] for k in ("loss", "lr", "clips_per_s")})
-                check_health(stop, record, longest, bad_fraction, config)
+                check_collapse(stop, record, config)
             history, clock, feed.waited = [], time.perf_counter(), 0.0
 
         if is_last or (config.probe_every and step % config.probe_every == 0):
+            begin = time.perf_counter()
             run_probe(step)
+            clock += time.perf_counter() - begin  # the log's speed is that of the training
         code = stop.agreed()
         if is_main and (step % config.save_every == 0 or is_last or code > 128):
             try:
@@ -705,17 +719,21 @@ def train(config: PretrainConfig) -> int:
     return code
 
 
-def summarize(history: list[Tensor], feed: Feed, world: int) -> tuple[dict[str, float], list[bool], float]:
-    """Over all processes: mean losses since the last log line, which of these updates were skipped, and the share of
-    clips that cannot be used (of 100 or more read so far)."""
-    rows = torch.stack(history)                                                             # (updates, 4)
+LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")
+
+
+def summarize(
+    history: list[Tensor], names: tuple[str, ...], feed: Feed, world: int
+) -> tuple[dict[str, float | None], list[bool], float]:
+    """Over all processes: means of what `history` holds since the last log line, which of these updates were skipped,
+    and the share of clips that cannot be used (of 100 or more read so far)."""
+    rows = torch.stack(history)                                                             # (updates, names)
     clips = torch.tensor([feed.n_bad, feed.n_read], dtype=rows.dtype, device=rows.device)
     if world > 1:
         dist.all_reduce(rows)
         dist.all_reduce(clips)
     is_good = rows.isfinite().all(1)
     good = rows[is_good] / world
-    names = ("loss", "loss_frame", "loss_utterance", "grad_norm")
     n_bad, n_read = clips.tolist()
     means = good.mean(0).tolist() if len(good) else [None] * len(names)
     return dict(zip(names, means)), (~is_good).tolist(), n_bad / n_read if n_read >= 100 else 0.0
@@ -730,18 +748,33 @@ def spread(out: dict[str, Tensor], clones: int) -> dict[str, float]:
     )
 
 
-def check_health(stop: Stop, record: dict, longest: int, bad_fraction: float, config: PretrainConfig) -> None:
-    """Ask for a stop if the run diverged or its data is broken, warn or ask for a stop if it collapsed."""
-    target_std, pred_std, listed = record["target_std"], record["pred_std"], Path(config.out_dir, "bad_files.tsv")
-    if bad_fraction > config.max_bad_fraction:
-        stop.code, stop.reason = 1, f"{bad_fraction:.0%} of the clips cannot be used (--max_bad_fraction): see {listed}"
-    if longest >= config.max_skipped:
-        stop.code, stop.reason = 1, f"{longest} updates in a row had no finite gradient (lower --lr, or --amp fp32)"
+class Health:
+    """Asks for a stop if a run diverges or its data is broken."""
+
+    def __init__(self, stop: Stop, config):
+        self.stop, self.config, self.streak = stop, config, 0
+
+    def check(self, skipped: list[bool], bad_fraction: float) -> None:
+        """Take note of which updates were skipped since the last call, and of the share of unusable clips."""
+        longest = 0
+        for is_skipped in skipped:
+            self.streak = self.streak + 1 if is_skipped else 0
+            longest = max(longest, self.streak)
+        if bad_fraction > self.config.max_bad_fraction:
+            listed = Path(self.config.out_dir, "bad_files.tsv")
+            self.stop.ask(f"{bad_fraction:.0%} of the clips cannot be used (--max_bad_fraction): see {listed}")
+        if longest >= self.config.max_skipped:
+            self.stop.ask(f"{longest} updates in a row had no finite gradient (lower --lr, or --amp fp32)")
+
+
+def check_collapse(stop: Stop, record: dict, config: PretrainConfig) -> None:
+    """Warn, or ask for a stop, if after the warm-up targets or predictions are nearly constant."""
+    target_std, pred_std = record["target_std"], record["pred_std"]
     if record["step"] > config.warmup and (target_std < MIN_TARGET_STD or pred_std < MIN_PRED_STD):
         collapse = f"the features have collapsed (target_std {target_std:.3f}, pred_std {pred_std:.3f})"
         tqdm.write(f"WARNING: {collapse}")
         if config.stop_on_collapse:
-            stop.code, stop.reason = 1, collapse
+            stop.ask(collapse)
 
 
 def peak_memory_gib(device: torch.device) -> float:

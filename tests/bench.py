@@ -2,6 +2,7 @@
 
     python tests/bench.py                                       base preset, one clip, and the loader: some minutes
     python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
+    python tests/bench.py --finetune as20k --clips 1            an update of fine-tuning, of a preset
     python tests/bench.py --json bench.json                     the same numbers as JSON
 
 Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate of the
@@ -28,9 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import pretrain  # noqa: E402
 from masking import visible_ids  # noqa: E402
-from model import EAT, ModelConfig, make_targets  # noqa: E402
+from model import EAT, AudioClassifier, ModelConfig, make_targets  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -111,6 +113,7 @@ def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]
         "EMA": lambda: pretrain.ema_update(teacher, student.encoder, 0.9998),
     }
     pieces = {name: median_seconds(piece, runs) for name, piece in pieces.items()}
+    pieces |= bench_backward(student, teacher, optimizer, parts[0], config, dtype, runs)
     norm = torch.ones((), device=DEVICE)
     finite = median_seconds(lambda: (~norm.isfinite()).float(), 100, 10)
     flops = sum(update_flops(config).values())
@@ -128,6 +131,54 @@ def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]
         "peak memory (GiB)": pretrain.peak_memory_gib(DEVICE),
         "promise: checkpoint every --save_every, share of the update": save / config.save_every / update,
         "promise: finite gradients, share of the update": finite / update,
+    }
+
+
+def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) -> dict[str, float]:
+    """The backward pass alone, and what follows it: gradient norm and optimizer."""
+    spec, mask, noise = part
+    ids_keep = visible_ids(mask, config.n_visible)
+    with torch.no_grad():
+        targets = make_targets(teacher.ffn_outputs(spec))
+    backward, after = [], []
+    for _ in range(runs + 1):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            loss = student(spec, mask, ids_keep, targets, noise, config.utterance_weight)["loss"]
+        backward.append(median_seconds(loss.backward, 1, 0))
+        after.append(median_seconds(lambda: (
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm), optimizer.step(),
+            optimizer.zero_grad(set_to_none=True),
+        ), 1, 0))  # fmt: skip
+    return {"backward": statistics.median(backward[1:]), "gradient norm and optimizer": statistics.median(after[1:])}
+
+
+def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, float]:
+    """One update of fine-tuning, on noise of the right shape."""
+    dtype = pretrain.pick_precision(config.amp, DEVICE)
+    a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
+    matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)
+    network = dataclasses.replace(pretrain.MODELS[config.model], drop_path=config.drop_path)
+    model = AudioClassifier(network, {str(i): "" for i in range(527)}).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(finetune.layer_decay_groups(model, config), weight_decay=0.05, fused=True)
+    scaler = pretrain.make_scaler(dtype, DEVICE)
+    if config.compile:
+        model.compile()
+    spec = torch.randn(config.batch_size, 1, config.clip_frames, data.MEL_BINS, device=DEVICE)
+    y = (torch.rand(config.batch_size, 527, device=DEVICE) < 0.004).float()
+    y[:, 0] = 1
+    update = median_seconds(
+        lambda: finetune.train_step(model, optimizer, scaler, [(spec, y)], 1, config, dtype), runs
+    )
+    n = config.clip_frames // network.patch_size * (network.mel_bins // network.patch_size)
+    flops = 3 * config.batch_size * forward_flops(network, n + 1)
+    return {
+        "update (s)": update,
+        "clips/s": config.batch_size / update,
+        "update (TFLOP)": flops / 1e12,
+        "update (GFLOP/s)": flops / update / 1e9,
+        "matrix product 1536^3 (GFLOP/s)": matmul / 1e9,
+        "update / matrix product": flops / update / matmul,
+        "peak memory (GiB)": pretrain.peak_memory_gib(DEVICE),
     }
 
 
@@ -185,6 +236,7 @@ def bench_loader(clips: int, workers: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base")
+    parser.add_argument("--finetune", default="", choices=["", *finetune.PRESETS], help="its update instead")
     parser.add_argument("--clips", type=int, default=1, help="clips per update")
     parser.add_argument("--clones", type=int, default=16)
     parser.add_argument("--amp", default="auto")
@@ -198,12 +250,18 @@ def main() -> None:
         pretrain.PretrainConfig(), model=args.model, batch_size=args.clips, clones=args.clones,
         amp=args.amp, compile=args.compile,
     )  # fmt: skip
-    agreement = bench_agreement()
-    numbers = bench_update(config, args.runs)
-    numbers["promise: agreement on a stop, share of the update"] = agreement / numbers["update (s)"]
-    numbers |= bench_loader(240, args.workers)
+    if args.finetune:
+        numbers = bench_finetune(finetune.FinetuneConfig(**finetune.PRESETS[args.finetune] | dict(
+            model=args.model, batch_size=args.clips, amp=args.amp, compile=args.compile,
+        )), args.runs)  # fmt: skip
+    else:
+        agreement = bench_agreement()
+        numbers = bench_update(config, args.runs)
+        numbers["promise: agreement on a stop, share of the update"] = agreement / numbers["update (s)"]
+        numbers |= bench_loader(240, args.workers)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{args.model}, {args.clips} clips x {args.clones} clones, {args.amp}, {device}, torch {torch.__version__}")
+    what = f"fine-tuning ({args.finetune})" if args.finetune else f"{args.clones} clones"
+    print(f"\n{args.model}, {args.clips} clips, {what}, {args.amp}, {device}, torch {torch.__version__}")
     for name, value in numbers.items():
         print(f"{name:62s} {value:12.4g}")
     if args.json:

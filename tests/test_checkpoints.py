@@ -200,7 +200,7 @@ def test_round_trip_of_our_classifier(tmp_path, layout):
     for part in ("encoder", "head"):
         ours, back = getattr(before, part), getattr(after, part)
         assert ours.keys() == back.keys() and all(torch.equal(ours[k], back[k]) for k in ours)
-    for name in ("audio", "classes", "exclusive", "pooling"):
+    for name in ("audio", "classes", "exclusive", "pooling", "norm_eps"):
         assert getattr(before, name) == getattr(after, name), name
     assert after.classes == {"a": "A bird, singing", "b": "Bell"} and after.exclusive
     assert (before.network.width, before.network.depth) == (after.network.width, after.network.depth)

@@ -77,7 +77,8 @@ def test_of_classes_without_positives_or_negatives():
     targets = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 1, 0]])
     scores = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
     assert average_precision(scores, targets).tolist() == [0, 1, 0.5]
-    result = summarize_scores(scores, targets)
+    result, precision = summarize_scores(scores, targets)
+    assert precision.tolist() == [0, 1, 0.5]
     assert result["mAP"] == 0.5 and result["AUC"] == 0.5 and result["d_prime"] == 0
     assert result["classes_without_positives"] == 1 and result["classes_without_negatives"] == 1
     assert "accuracy" not in result  # one clip has two classes
@@ -90,6 +91,8 @@ def test_of_classes_without_positives_or_negatives():
 def test_d_prime_and_accuracy():
     assert d_prime(0.5) == 0 and abs(d_prime(0.9) - math.sqrt(2) * 1.2815515655446004) < 1e-12
     assert d_prime(1.0) == math.inf
+    perfect = summarize_scores(torch.tensor([[0.9], [0.1]]), torch.tensor([[1], [0]]))[0]
+    assert perfect["AUC"] == 1 and perfect["d_prime"] is None  # infinity is not JSON
     scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     assert accuracy(scores, torch.tensor([[0, 1], [1, 0], [1, 0]])) == pytest.approx(2 / 3)
 
@@ -167,7 +170,7 @@ def test_two_processes_predict_what_one_does(classifier, script):
 
 def test_predictions_are_in_order_for_any_share(folder):
     """Three processes' shares, one after the other, are the whole; the padding of a batch changes nothing."""
-    dataset, targets, _ = evaluate.open_labelled(str(folder / "manifest.tsv"), AudioInput(clip_frames=96))
+    dataset, targets, classes = evaluate.open_labelled(str(folder / "manifest.tsv"), AudioInput(clip_frames=96))
     encoder = Encoder(MODELS["tiny"]).eval()
 
     def cls(spec):
@@ -177,7 +180,7 @@ def test_predictions_are_in_order_for_any_share(folder):
     single = evaluate.predict(cls, dataset, AudioInput(), DEVICE, batch_size=1, workers=1)
     assert whole.items.tolist() == list(range(8)) and not whole.problems
     torch.testing.assert_close(whole.values, single.values)
-    assert targets.sum().item() == 8
+    assert targets.sum().item() == 8 and list(classes) == ["high", "low"]
 
 
 def test_tags_of_files(classifier, script):
@@ -185,9 +188,11 @@ def test_tags_of_files(classifier, script):
     assert out[0].startswith("clip 0.wav") and "0.5 s" in out[0]
     probabilities = {line.split(maxsplit=1)[1]: float(line.split()[0]) for line in out[1:3]}
     assert set(probabilities) == {"Low tone", "High tone"} and sum(probabilities.values()) == pytest.approx(1, abs=2e-3)
-    (classifier / "names.txt").write_text("low\nhoch\n")
-    out = script("evaluate.py", "classifier.pt", "clip 0.wav", "--classes", "names.txt").stdout
-    assert "hoch" in out and "High" not in out
+    (classifier / "names.csv").write_text("index,label,name\n0,high,Hoch\n1,low,Tief\n")  # in another order
+    out = script("evaluate.py", "classifier.pt", "clip 0.wav", "--classes", "names.csv").stdout
+    assert {line.split()[1]: line.split()[0] for line in out.splitlines()[1:]} == {
+        name.replace("Low tone", "Tief").replace("High tone", "Hoch"): f"{p:.3f}" for name, p in probabilities.items()
+    }
 
 
 def test_hard_files_are_named_and_the_others_go_on(classifier, script):
@@ -294,6 +299,7 @@ def test_features_of_a_folder(classifier, script):
         (["classifier.pt", "unlabelled.tsv"], "has no label"),
         (["classifier.pt", "unknown.tsv"], "has the label 'mid', which is not one of the 2 classes"),
         (["classifier.pt", "manifest.tsv", "--classes", "three.txt"], "lists 3 classes, the checkpoint has 2"),
+        (["classifier.pt", "manifest.tsv", "--classes", "others.txt"], "does not list 'low', a class of"),
         (["classifier.pt", "clip 0.wav", "--features", "x.npz", "--layer", "9"], "choose last, mean or 1 to 2"),
         (["classifier.pt", "clip 0.wav", "--top_k", "0"], "above 0"),
         (["missing.pt", "manifest.tsv"], "No such file"),
@@ -306,6 +312,7 @@ def test_features_of_a_folder(classifier, script):
 def test_refusals_are_one_line(classifier, script, args, message):
     (classifier / "empty").mkdir()
     (classifier / "three.txt").write_text("a\nb\nc\n")
+    (classifier / "others.txt").write_text("a\nb\n")
     (classifier / "unlabelled.tsv").write_text(f"{classifier}\nclip 0.wav\t8000\n")
     (classifier / "unknown.tsv").write_text(f"{classifier}\nclip 0.wav\t8000\tmid\n")
     result = script("evaluate.py", *args, check=False)

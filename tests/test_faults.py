@@ -26,7 +26,7 @@ from test_pretrain import SHORT, losses, read_log
 
 from data import AudioDataset, InputError, Manifest, load_audio
 from model import CheckpointError, load_checkpoint
-from pretrain import PretrainConfig, Stop, check_health, newest_checkpoint, save_checkpoint
+from pretrain import PretrainConfig, Stop, check_collapse, newest_checkpoint, save_checkpoint
 
 RUN = [*SHORT, "--data", ROOT / "assets" / "demo" / "pretrain.tsv", "--clip_frames", 48, "--clones", 2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -335,9 +335,9 @@ def test_collapse_warns_or_stops(record, collapsed, capsys, monkeypatch):
     record = dict(step=100, target_std=record[0], pred_std=record[1])
     for stops in (False, True):
         stop = Stop(world=1, timeout=1)
-        check_health(stop, record, 0, 0.0, PretrainConfig(warmup=10, stop_on_collapse=stops))
+        check_collapse(stop, record, PretrainConfig(warmup=10, stop_on_collapse=stops))
         assert ("WARNING" in capsys.readouterr().out) == collapsed and bool(stop.code) == (collapsed and stops)
-    check_health(stop := Stop(world=1, timeout=1), record, 0, 0.0, PretrainConfig(warmup=200, stop_on_collapse=True))
+    check_collapse(stop := Stop(world=1, timeout=1), record, PretrainConfig(warmup=200, stop_on_collapse=True))
     assert not stop.code  # not before the warm-up is over
 
 

@@ -176,7 +176,7 @@ def test_mixup_keeps_label_mass_and_mixes_clips_as_labels():
 
 
 def many_draws(n: int) -> Draws:
-    return draw_augmentation(dataclasses.replace(AS20K, batch_size=n), 0)[0]
+    return Draws(*draw_augmentation(dataclasses.replace(AS20K, batch_size=n), 0)[0])
 
 
 def test_spec_augment_widths_and_places():
@@ -241,6 +241,9 @@ def test_weighted_sampling_hears_rare_classes_and_repeats_none_in_an_epoch():
     expected = (weights[:, None] * targets).sum(0) / weights.sum()
     assert drawn.tolist() == pytest.approx(expected.tolist(), rel=0.1)
     assert drawn[2] > 10 * targets[:, 2].double().mean()
+    halves = torch.stack(epochs).view(2000, 2, 10)  # a rare clip comes as often early in an epoch as late
+    early, late = (targets[halves[:, i].flatten(), 2].double().mean() for i in (0, 1))
+    assert early == pytest.approx(late.item(), rel=0.1)
 
 
 def test_mirrored_parts_are_the_whole_batch():
@@ -260,8 +263,11 @@ def test_class_files(tmp_path):
         'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n'
     )
     assert read_classes(tmp_path / "audioset.csv") == {"/m/09x0r": "Speech", "/m/05zppz": "Male speech, man speaking"}
-    (tmp_path / "released.csv").write_text("index,label\n0,dog\n1,cat\n")
-    assert read_classes(tmp_path / "released.csv") == {"dog": "dog", "cat": "cat"}
+    (tmp_path / "released.csv").write_text("0,/m/09x0r,Speech\n1,/m/05zppz,Male speech\n")
+    assert read_classes(tmp_path / "released.csv") == {"/m/09x0r": "Speech", "/m/05zppz": "Male speech"}
+    (tmp_path / "gap.csv").write_text("0,dog\n2,cat\n")
+    with pytest.raises(InputError, match="do not count from 0"):
+        read_classes(tmp_path / "gap.csv")
     (tmp_path / "lines.txt").write_text("dog\ncat\n\n")
     assert list(read_classes(tmp_path / "lines.txt")) == ["dog", "cat"]
     (tmp_path / "twice.txt").write_text("dog\ndog\n")
@@ -293,25 +299,24 @@ def test_a_task_on_real_audio_is_learned(tmp_path, script):
 
 
 def test_resume_is_exact_and_best_is_kept(folder, script):
-    script("finetune.py", *TINY)
-    whole = weights(folder / "run" / "last.pt")
-    cut = [*TINY[:-1], "cut"]
+    more = [*TINY, "--updates", 40]
+    script("finetune.py", *more)
+    whole, cut = weights(folder / "run" / "last.pt"), [*more, "--out_dir", "cut"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune.py"), *map(str, cut), "--updates", "12"], cwd=folder,
+        [sys.executable, str(ROOT / "finetune.py"), *map(str, cut)], cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     end = time.time() + 120
     while not (folder / "cut" / "last.pt").exists() and time.time() < end and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (143, 0)
-    out = script("finetune.py", *cut).stdout
-    assert "resuming at update" in out or process.returncode == 0
+    assert process.wait(60) == 143
+    assert "resuming at update" in script("finetune.py", *cut).stdout
     again = weights(folder / "cut" / "last.pt")
     assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
     log = read_log(folder / "cut")
     evaluations = {record["step"]: record["accuracy"] for record in log if "accuracy" in record}
-    assert list(evaluations) == [6, 12]
+    assert list(evaluations) == [6, 12, 18, 24, 30, 36, 40]
     best = load_checkpoint(folder / "cut" / "best.pt")
     assert best["best"]["score"] == max(evaluations.values()) and "optimizer" not in best
     assert AudioClassifier.from_pretrained(folder / "cut").classes == {"high": "high", "low": "low"}
@@ -341,7 +346,8 @@ def test_from_pretrained_weights_and_probes(folder, script):
     accuracies = []
     for init in ("pre", "exported", "exported/fairseq.pt"):
         for kind in ("linear", "knn"):
-            args = [*TINY, "--init", init, "--probe", kind, "--probe_layer", "mix", "--out_dir", f"probe_{kind}"]
+            layer = "mix" if kind == "linear" else "mean"
+            args = [*TINY, "--init", init, "--probe", kind, "--probe_layer", layer]
             accuracies.append(script("finetune.py", *args).stdout.splitlines()[-1].split()[-1])
         script("finetune.py", *TINY, "--init", init, "--updates", 2, "--out_dir", f"from_{init.replace('/', '_')}")
     assert accuracies == accuracies[:2] * 3
@@ -359,7 +365,7 @@ def test_folds_and_their_mean(folder, script):
     table = script("finetune.py", *args, "--fold", "all").stdout.splitlines()[-1]
     each = [read_log(folder / "run" / f"fold{i}")[-1]["accuracy"] for i in (1, 2)]
     assert table.split()[1] == f"{np.mean(each):.4f}" and f"({each[0]:.4f} {each[1]:.4f})" in table
-    assert json.loads((folder / "run" / "table.json").read_text())["accuracy"]["scratch"] == each
+    assert json.loads((folder / "run" / "table.json").read_text())["accuracy"]["fine-tuned"] == each
     refused = script("finetune.py", *args, check=False)
     assert refused.stderr == "finetune.py: --fold is missing: a number, or all\n"
 
@@ -392,6 +398,10 @@ def test_an_unreadable_clip_is_neither_trained_on_nor_scored(folder, script):
         (["--lr", "nan"], "reasonable size"),
         (["--clip_frames", "8"], "16 to 12288"),
         (["--probe", "svm"], "--probe svm: choose from"),
+        (["--probe", "knn", "--probe_layer", "mix"], "nearest neighbours learn no weights"),
+        (["--compare"], "--compare needs a checkpoint as --init"),
+        (["--model", "huge"], "--model huge: choose from base"),
+        (["--timeout", "1e300"], "--timeout must be"),
         (["--classes", "nothing.csv"], "cannot read the classes in nothing.csv"),
         (["--fold", "all"], "--fold needs {fold}"),
     ],
@@ -408,8 +418,37 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, script, args, message)
     assert not (folder / "run").exists() and not (folder / "ran").exists()
 
 
-def test_other_settings_in_the_same_folder_are_refused(folder, script):
+def test_a_diverged_network_is_told_in_one_line(folder, script):
+    args = [*TINY, "--lr", 1e30, "--layer_decay", 1, "--warmup", 0, "--eval_every", 3]
+    result = script("finetune.py", *args, check=False)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "scores are not finite: its training has diverged" in result.stderr
+
+
+def test_a_silent_clip_is_scored(folder, script):
+    """Not trained on, but its score counts, as in the released code."""
+    soundfile.write(folder / "clip 5.wav", np.zeros(16_000), 16_000)
+    script("finetune.py", *TINY, "--max_bad_fraction", 1)
+    assert read_log(folder / "run")[-1]["clips"] == 8
+    assert "clip 5.wav\tsilent" in (folder / "run" / "bad_files.tsv").read_text()
+
+
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(folder, script):
+    """The run is stopped at the very update that is due: saved at once, evaluated when it goes on."""
     script("finetune.py", *TINY)
+    state = load_checkpoint(folder / "run" / "last.pt")
+    state["last"], state["best"] = dict(step=6, score=state["last"]["score"]), dict(step=6, score=-1.0)
+    torch.save(state, folder / "run" / "last.pt")
+    script("finetune.py", *TINY)
+    assert [r["step"] for r in read_log(folder / "run") if "accuracy" in r] == [6, 12, 12]
+    assert load_checkpoint(folder / "run" / "best.pt")["step"] == 12
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, script):
+    (folder / "names.txt").write_text("low\nhigh\n")
+    script("finetune.py", *TINY)
+    other = script("finetune.py", *TINY, "--classes", "names.txt", check=False)  # the head's rows mean others
+    assert other.returncode == 2 and "classes_digest was" in other.stderr
     refused = script("finetune.py", *TINY, "--layer_decay", 0.9, check=False)
     assert refused.returncode == 2 and "layer_decay was 0.65, now 0.9" in refused.stderr
     done = script("finetune.py", *TINY).stdout
@@ -429,6 +468,7 @@ def test_the_demo_preset_is_complete(tmp_path, script):
     refused = script("finetune.py", "--preset", "demo", check=False)
     assert "there is no runs/demo/last.pt yet: run python pretrain.py --preset demo first\n" in refused.stderr
     rows = finetune.variants(config)
+    assert all(row.model == config.init for row in rows.values() if row.init == "scratch")  # of the same size
     assert {row.probe for row in rows.values()} == {"", "linear", "knn"}
     assert {row.init for row in rows.values()} == {"scratch", config.init}
 
