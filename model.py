@@ -303,7 +303,8 @@ def ufo_loss(pred: Tensor, cls: Tensor, targets: Tensor, mask: Tensor) -> tuple[
     mean target. The targets are broadcast over the clones, not copied.
     """
     B, N, D = targets.shape
-    frame = (pred.float().view(B, -1, N, D) - targets[:, None]).square().mean(-1)       # (B, C, N)
+    pred = pred.float().view(B, -1, N, D)                                               # (B, C, N, D)
+    frame = F.mse_loss(pred, targets[:, None].expand_as(pred), reduction="none").mean(-1)  # (B, C, N)
     mask = mask.view(B, -1, N).float()
     utterance = cls.float().view(B, -1, D) - targets.mean(1, keepdim=True)              # (B, C, D)
     return (frame * mask).sum() / mask.sum(), utterance.square().mean()
