@@ -610,13 +610,12 @@ def run_all(config: FinetuneConfig) -> int:
         else:
             code, score = train(row, rank, world, device, stop)
         if code := code or stop.agreed():
-            return code
+            break
         table.setdefault(name, []).append(score)
-    if rank == 0 and (len(plan) > 1 or config.probe):
+    if rank == 0 and not code and (len(plan) > 1 or config.probe):
         print_table(table, config, keep=len(plan) > 1)
-    if world > 1:
-        dist.destroy_process_group()
-    return 0
+    stop.leave()
+    return code
 
 
 def print_table(table: dict[str, list[float]], config: FinetuneConfig, keep: bool) -> None:

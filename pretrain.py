@@ -532,8 +532,8 @@ class Stop:
         self.code, self.reason, limit = 0, "", datetime.timedelta(minutes=timeout)
         # on the CPU: never waits for the GPU
         self.group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.on_signal)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
 
     def on_signal(self, number: int, _) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
@@ -549,6 +549,14 @@ class Stop:
         if self.group is not None:
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self.group)
         return int(code)
+
+    def leave(self) -> None:
+        """Part from the other processes. A signal handler that kept the group would abort Python's exit now and then."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.group = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Feed:
@@ -714,8 +722,7 @@ def train(config: PretrainConfig) -> int:
         print(f"done: {config.updates} updates; weights in {out_dir / 'last.pt'}, curves in {out_dir / 'log.jsonl'}")
         if Path(config.data).parent == DEMO:
             print("next: python data.py scan FOLDER -o train.tsv, and on with 'Your own audio' in README.md")
-    if world > 1:
-        dist.destroy_process_group()
+    stop.leave()
     return code
 
 
