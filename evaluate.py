@@ -226,14 +226,22 @@ def score_manifest(
 # ---------------------------------------------------------------------------------------------------------------------
 # Probes: what a frozen encoder knows about labels it was never shown
 
-PROBE_LAYERS = ("last", "mean", "mix")
+PROBE_LAYERS = ("last", "mean", "mix", "input")
 
 
 def pooled_layers(encoder: Encoder, layer: str) -> Callable[[Tensor], Tensor]:
     """A function for `predict`: CLS token beside the mean patch, of the last block or of all: (B, K, 2D).
 
-    layer: "last" (K = 1), "mean" of all blocks (K = 1) or "mix", all of them, for a probe that learns their weights.
+    layer: "last" (K = 1), "mean" of all blocks (K = 1) or "mix", all of them, for a probe that learns their weights;
+    "input", the baseline without a network: mean and std over time of each log-mel band, (B, 1, 2M).
     """
+
+    def pool_input(spec: Tensor) -> Tensor:
+        is_sound = spec.amax(3, keepdim=True) > spec.amin(3, keepdim=True)                    # (B, 1, F, 1) not padding
+        count = is_sound.sum(2, keepdim=True).clamp(min=1)                                    # (B, 1, 1, 1)
+        mean = (spec * is_sound).sum(2, keepdim=True) / count                                 # (B, 1, 1, M)
+        std = ((spec - mean).square() * is_sound).sum(2, keepdim=True).div(count).sqrt()
+        return torch.cat([mean, std], dim=3)[:, :, 0]                                         # (B, 1, 2M)
 
     def pool(spec: Tensor) -> Tensor:
         tokens = torch.stack([encoder(spec)] if layer == "last" else encoder.layers(spec), 1)  # (B, K, 1+N, D)
@@ -241,7 +249,7 @@ def pooled_layers(encoder: Encoder, layer: str) -> Callable[[Tensor], Tensor]:
             tokens = tokens.mean(1, keepdim=True)                                             # (B, 1, 1+N, D)
         return torch.cat([tokens[:, :, 0], tokens[:, :, 1:].mean(2)], dim=2)                  # (B, K, 2D)
 
-    return pool
+    return pool_input if layer == "input" else pool
 
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float = 1e-2) -> Tensor:

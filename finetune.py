@@ -79,7 +79,7 @@ class FinetuneConfig:
     eval_data: str = ""  # the same to evaluate on
     classes: str = ""  # class_labels_indices.csv, or a file with a label a line; without it, the labels of --data
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
-    init: str = ""  # checkpoint to start from, own or released, or scratch
+    init: str = ""  # checkpoint to start from, own or released, or scratch; {seed} in it stands for the seed
     model: str = "base"  # size of --init scratch: a row of model.MODELS, or that of a checkpoint
     fold: str = ""  # number of one fold of a cross-validation, or all
     clip_frames: int = AudioInput.clip_frames  # frames of 10 ms per clip; longer clips are cut, shorter ones padded
@@ -115,8 +115,8 @@ class FinetuneConfig:
     clip_norm: float = 0.0  # largest gradient norm, 0 = any
 
     probe: str = ""  # linear or knn: no training, a probe of the frozen encoder
-    probe_layer: str = "last"  # of the probe: last, mean of all blocks, or mix (weights learned, linear only)
-    compare: bool = False  # one table: fine-tuned from --init and from scratch, probes of both
+    probe_layer: str = "last"  # last, mean of all blocks, mix (weights learned, linear only) or input (log-mel)
+    compare: bool = False  # one table: fine-tuned from --init and from scratch, probes of both and of the input
 
     amp: str = "auto"  # bf16, fp16 or fp32; auto: bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
@@ -125,6 +125,7 @@ class FinetuneConfig:
     save_every: int = 1000  # updates between checkpoints
     eval_every: int = 0  # updates between evaluations, 0 = an epoch
     seed: int = 1  # of everything random
+    seeds: int = 1  # do everything with so many seeds, --seed and the following, and print mean and spread
 
     max_bad_fraction: float = 0.05  # stop if more of the clips read than this cannot be used
     max_skipped: int = 50  # stop after so many updates in a row whose gradient is not finite
@@ -157,7 +158,7 @@ PRESETS = {
 
 MAY_CHANGE = set(
     "data eval_data out_dir init accumulate compile workers log_every save_every eval_every max_bad_fraction "
-    "max_skipped timeout probe probe_layer compare fold classes model".split()
+    "max_skipped timeout probe probe_layer compare fold seeds classes model".split()
 )
 
 
@@ -354,7 +355,7 @@ def check(config: FinetuneConfig, world: int) -> tuple[Task, dict[str, str]]:
     check_numbers(
         config,
         positive="clip_frames norm_std layer_decay epoch_clips batch_size accumulate updates lr log_every save_every "
-        "max_skipped timeout",
+        "seeds max_skipped timeout",
         fractions="label_smoothing drop_path layer_decay mixup_prob specaug_freq specaug_time beta1 beta2 "
         "max_bad_fraction",
     )
@@ -564,6 +565,18 @@ def variants(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
         name = f"{kind} probe" + (", all blocks" if layer == "mix" else "")
         rows[f"{name}, pre-trained"] = make(config, probe=kind, probe_layer=layer)
         rows[f"{name}, random encoder"] = make(config, probe=kind, probe_layer=layer, **scratch)
+    for kind in ("linear", "knn"):
+        rows[f"{kind} probe, log-mel"] = make(config, probe=kind, probe_layer="input", **scratch)
+    return rows
+
+
+def repeats(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """One configuration for each of --seeds seeds."""
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        names = dict(init=config.init.replace("{seed}", str(seed)), model=config.model.replace("{seed}", str(seed)))
+        out_dir = str(Path(config.out_dir, f"seed{seed}")) if config.seeds > 1 else config.out_dir
+        rows.append(dataclasses.replace(config, seed=seed, out_dir=out_dir, **names))
     return rows
 
 
@@ -599,7 +612,7 @@ def run_all(config: FinetuneConfig) -> int:
     """All the runs that the command line asks for, one after the other, and their table; returns the exit status."""
     torch.backends.cudnn.allow_tf32 = False
     rank, world, device = init_distributed(config.timeout)
-    plan = [(name, row) for name, some in variants(config).items() for row in folds(some)]
+    plan = [(name, row) for name, one in variants(config).items() for some in repeats(one) for row in folds(some)]
     if len(plan) > 1:
         for _, row in plan:  # a fold that is missing is told before the first has run for hours
             check(row, world)
@@ -619,12 +632,13 @@ def run_all(config: FinetuneConfig) -> int:
 
 
 def print_table(table: dict[str, list[float]], config: FinetuneConfig, keep: bool) -> None:
-    """Print each row's score, with several folds their mean and each of them; `keep` it in table.json."""
+    """Print each row's score; of several folds or seeds mean, standard deviation and each. `keep` it in table.json."""
     width = max(map(len, table))
     print(f"\n{'':{width}s}  {config.metric}")
     for name, scores in table.items():
-        each = "  (" + " ".join(f"{score:.4f}" for score in scores) + ")" if len(scores) > 1 else ""
-        print(f"{name:{width}s}  {np.mean(scores):.4f}{each}")
+        each = " ".join(f"{score:.4f}" for score in scores)
+        spread = f" ± {np.std(scores, ddof=1):.4f}  ({each})" if len(scores) > 1 else ""
+        print(f"{name:{width}s}  {np.mean(scores):.4f}{spread}")
     if keep:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         Path(config.out_dir, "table.json").write_text(json.dumps({config.metric: table}, indent=1) + "\n")

@@ -551,7 +551,7 @@ class Stop:
         return int(code)
 
     def leave(self) -> None:
-        """Part from the other processes. A signal handler that kept the group would abort Python's exit now and then."""
+        """Part from the other processes. A group that a signal handler kept would now and then abort Python's exit."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.group = None

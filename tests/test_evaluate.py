@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate
-from data import FRAME_SHIFT, InputError, clip_samples
+from data import FRAME_SHIFT, InputError, clip_samples, spectrogram
 from evaluate import (
     accuracy,
     average_precision,
@@ -26,6 +26,7 @@ from evaluate import (
     knn_probe,
     linear_probe,
     listen,
+    pooled_layers,
     roc_auc,
     summarize_scores,
     window_starts,
@@ -109,6 +110,18 @@ def test_probes_find_what_is_there(fit):
     assert accuracy(fit(x[:200], y[:200].roll(67, 0), x[200:]), y[200:]) < 0.6  # labels of other clips
     x = x + 100.0  # what all clips share does not matter
     assert accuracy(fit(x[:200], y[:200], x[200:]), y[200:]) > 0.9
+
+
+def test_the_baseline_of_the_probes_is_the_sound_without_its_padding():
+    waveform = torch.randn(2, clip_samples(64)) / 10
+    n_samples = torch.tensor([clip_samples(64), clip_samples(40)])
+    waveform[1, n_samples[1] :] = 0
+    pooled = pooled_layers(None, "input")(spectrogram(waveform, n_samples, -4.268, 4.569))
+    for i, n_frames in enumerate((64, 40)):
+        alone = spectrogram(waveform[i : i + 1, : n_samples[i]], n_samples[i : i + 1], -4.268, 4.569)[0, 0]
+        assert len(alone) == n_frames
+        expected = torch.cat([alone.mean(0), alone.std(0, correction=0)])
+        assert torch.allclose(pooled[i, 0], expected, atol=1e-4)
 
 
 def test_the_linear_probe_learns_which_layer_matters():

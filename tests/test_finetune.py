@@ -370,6 +370,26 @@ def test_folds_and_their_mean(folder, script):
     assert refused.stderr == "finetune.py: --fold is missing: a number, or all\n"
 
 
+def test_seeds_of_their_own_checkpoints_and_their_spread(folder, script):
+    """The table of --compare --seeds: seed n starts from the checkpoint of seed n; mean and sample deviation."""
+    tiny = "--model tiny --clip_frames 64 --mask_block_time 2 --mask_block_freq 2 --clones 2 --batch_size 4".split()
+    tiny += "--updates 1 --warmup 1 --min_samples 1600 --workers 0 --data manifest.tsv".split()
+    for seed in (3, 4):
+        script("pretrain.py", *tiny, "--seed", seed, "--out_dir", f"pre{seed}")
+    args = [*TINY, "--init", "pre{seed}", "--seed", 3, "--updates", 2, "--compare"]
+    said = script("finetune.py", *args, "--seeds", 2).stdout
+    table = json.loads((folder / "run" / "table.json").read_text())["accuracy"]
+    assert all(len(scores) == 2 for scores in table.values()) and "linear probe, log-mel" in table
+    for i, seed in enumerate((3, 4)):
+        rows = dict(pretrained="fine-tuned, pre-trained", scratch="fine-tuned, from scratch")
+        for name, row in rows.items():
+            assert read_log(folder / "run" / name / f"seed{seed}")[-1]["accuracy"] == table[row][i]
+        alone = script("finetune.py", *TINY, "--init", f"pre{seed}", "--probe", "knn", "--seed", seed).stdout
+        assert alone.splitlines()[-1].split()[-1] == f"{table['knn probe, pre-trained'][i]:.4f}"
+    scores = table["linear probe, random encoder"]
+    assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in said
+
+
 def test_an_unreadable_clip_is_neither_trained_on_nor_scored(folder, script):
     """Its stand-in comes with its own labels."""
     (folder / "clip 2.wav").write_text("damaged")
