@@ -56,6 +56,7 @@ from pretrain import (
     check_choices,
     check_numbers,
     cosine_lr,
+    keep_freed_memory,
     log,
     make_scaler,
     parse_config,
@@ -422,6 +423,8 @@ def train(config: FinetuneConfig, rank: int, world: int, device: torch.device, s
     task, checkpoint, _lock = prepare(config, rank, world, check, MAY_CHANGE)
     data, targets, classes = task.train
     out_dir, is_main = Path(config.out_dir), rank == 0
+    if device.type == "cpu":
+        keep_freed_memory()
 
     # Network, optimizer
     classifier = task.model.to(device).train()

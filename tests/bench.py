@@ -68,6 +68,8 @@ def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
 
 def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]:
     """One update and its pieces, on noise of the right shape."""
+    if DEVICE.type == "cpu":
+        pretrain.keep_freed_memory()
     dtype = pretrain.pick_precision(config.amp, DEVICE)
     a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
     matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)
@@ -154,6 +156,8 @@ def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) 
 
 def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, float]:
     """One update of fine-tuning, on noise of the right shape."""
+    if DEVICE.type == "cpu":
+        pretrain.keep_freed_memory()
     dtype = pretrain.pick_precision(config.amp, DEVICE)
     a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
     matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)

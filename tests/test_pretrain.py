@@ -1,6 +1,7 @@
 """Schedules, configuration, checkpoints, and whole runs: two processes, accumulation, resuming, bad input."""
 
 import copy
+import ctypes
 import dataclasses
 import json
 import math
@@ -356,3 +357,23 @@ def test_the_demo_preset_is_complete():
     pretrain.check_config(config, world=2)
     for path in (config.data, config.probe_manifest, config.probe_test):
         assert (ROOT / path).exists()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept():
+    """Once kept, memory of the size of activations is not mapped in again, page by page, at each use."""
+    count = """
+import resource, torch, pretrain
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(10_000_000).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+pretrain.keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", count], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, kept = map(int, done.stdout.split())
+    assert first > 20 * 5000 and kept < 1000
