@@ -272,7 +272,7 @@ class Manifest:
     def labels(self, i: int) -> list[str]:
         """Labels of clip i, empty if the manifest has none."""
         text = self.lbl[i] if self.lbl is not None else (self.fields(i) + ["", ""])[2]
-        return [label for label in text.split(",") if label]
+        return [label.strip() for label in text.split(",") if label.strip()]
 
 
 def _read_lbl(path: Path, n_clips: int) -> list[str]:
@@ -526,9 +526,9 @@ def read_classes(path: str | os.PathLike) -> dict[str, str]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [line.rstrip("\r\n") for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        rows = list(csv.reader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
-    rows = list(csv.reader(lines))
     if rows and rows[0][0] == "index":
         rows = rows[1:]
     if rows and all(len(row) > 1 and row[0].isdecimal() for row in rows):
@@ -670,8 +670,8 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad:
 
     def measure(file: tuple[Path, str]) -> tuple[str, int, str, str]:
         name, labels = os.fspath(file[0].relative_to(folder)), file[1]
-        if "\t" in name or "\n" in name:
-            return name, 0, labels, "its name holds a tab or a line break"
+        if "\t" in name + labels or "\n" in name + labels:
+            return name, 0, labels, "its name or label holds a tab or a line break"
         n_samples, problem = count_samples(file[0])
         return name, n_samples, labels, problem
 
@@ -706,6 +706,11 @@ def read_csv(path: str | os.PathLike, **format) -> list[list[str]]:
         raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
 
+def _refuse_comma(label: str) -> None:
+    if "," in label:
+        raise InputError(f"the class {label!r} holds a comma, which stands between labels in a manifest: rename it")
+
+
 def esc50(folder: str, output: str) -> None:
     """Manifests of ESC-50's five folds: trainK.tsv and testK.tsv, where testK.tsv is fold K and trainK.tsv the others.
 
@@ -716,6 +721,13 @@ def esc50(folder: str, output: str) -> None:
     if not {"filename", "fold", "category"} <= set(header) or not rows or any(len(r) != len(header) for r in rows):
         raise InputError(f"{folder}/meta/esc50.csv is not the table of ESC-50: it begins with {','.join(header)}")
     clips = [dict(zip(header, row)) for row in rows]
+    for clip in clips:
+        name = clip["filename"]
+        if not clip["fold"].isdecimal() or os.path.basename(name) != name or not clip["category"]:
+            raise InputError(f"{folder}/meta/esc50.csv: {name!r} has no fold or class, or lies elsewhere")
+        _refuse_comma(clip["category"])
+    if len({clip["fold"] for clip in clips}) < 2:
+        raise InputError(f"{folder}/meta/esc50.csv has one fold only: there is nothing to train on")
     audio = Path(folder, "audio")
     missing = [(clip["filename"], "no such file") for clip in clips if not (audio / clip["filename"]).is_file()]
     absent = {name for name, _ in missing}
@@ -744,6 +756,7 @@ def speechcommands(folder: str, output: str) -> None:
     for path in paths:
         relative = path.relative_to(folder)
         if len(relative.parts) == 2 and not relative.parts[0].startswith("_"):  # _background_noise_ is not a word
+            _refuse_comma(relative.parts[0])
             files[listed.pop(relative.as_posix(), "train")].append((path, relative.parts[0]))
     for part in files:
         missing = [(name, "no such file") for name, where in listed.items() if where == part]

@@ -331,6 +331,8 @@ def probe(
         if some
     ]
     encoder.train(training)
+    if not all(some.values.isfinite().all() for some in found):
+        raise InputError("the encoder's features are not finite: its training has diverged")
     x, y = found[0].values, train.targets[found[0].items]
     if test:
         x_test, y_test = found[1].values, test.targets[found[1].items]
@@ -511,6 +513,12 @@ def arrange_features(file: Heard, config) -> dict[str, np.ndarray]:
     )
 
 
+def check_parent(output: str) -> None:
+    """Tell before the work, not after it, that there is no folder for its result. Raises InputError."""
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        raise InputError(f"there is no folder {os.path.dirname(output)} for {os.path.basename(output)}")
+
+
 def write_features(
     encoder: Encoder, paths: list[Path], roots: list[Path], device: torch.device, layer: str, output: str
 ) -> int:
@@ -519,9 +527,12 @@ def write_features(
     is_one = output.endswith(".npz")
     if os.path.exists(output):
         raise InputError(f"{output} exists: remove it or choose another name")
+    check_parent(output)
+    names = [os.fsencode(path.relative_to(root)).decode(errors="backslashreplace") for path, root in zip(paths, roots)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{twice} is there twice: give the folder above, or one after the other")
     found, n_failed = {}, 0
-    for file, root in zip(listen(layer_tokens(encoder, layer), paths, encoder.audio, device), roots):
-        name = os.fspath(file.path.relative_to(root))
+    for file, name in zip(listen(layer_tokens(encoder, layer), paths, encoder.audio, device), names):
         if file.problem:
             n_failed += 1
             print(f"{file.path} cannot be used: {file.problem}", file=sys.stderr)
@@ -542,7 +553,10 @@ def write_features(
 
 def evaluate_manifest(model: AudioClassifier, manifest: str, device: torch.device, output: str, args) -> None:
     """Print the metrics of a classifier on a labelled manifest and write every class to the CSV `output`."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    is_main, header = not dist.is_initialized() or dist.get_rank() == 0, "label,name,clips,average_precision"
+    check_parent(output)
+    if os.path.exists(output) and Path(output).read_bytes().split(b"\n")[0].strip() != header.encode():
+        raise InputError(f"{output} exists and is no table of classes: remove it or choose another --csv")
     dataset, targets, _ = open_labelled(manifest, model.audio, model.classes)
     result, precision, found = score_manifest(model, dataset, targets, device, args.workers)
     if not is_main:
@@ -554,9 +568,9 @@ def evaluate_manifest(model: AudioClassifier, manifest: str, device: torch.devic
     else:
         for name, value in result.items():
             print(f"{name:26s} {value:.4f}" if isinstance(value, float) else f"{name:26s} {value}")
-    with open(output, "w", newline="") as file:
+    with open(output, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
-        rows.writerow(["label", "name", "clips", "average_precision"])
+        rows.writerow(header.split(","))
         for (label, name), n, value in zip(model.classes.items(), targets[found.items].sum(0).tolist(), precision):
             rows.writerow([label, name, n, f"{value:.6f}"])
     if not args.json:
@@ -596,7 +610,9 @@ def plot_curves(plt, runs: list[str]):
     for run in runs:
         try:
             logs[run] = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            if not all(math.isfinite(record["step"]) for record in logs[run]) or not logs[run]:
+                raise ValueError("it holds no steps")
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"cannot read {run}/log.jsonl: {error}") from None
     held = {key for log in logs.values() for record in log for key in record}
     panels = [(title, [key for key in keys if key in held]) for title, keys in PANELS if held & set(keys)]
@@ -704,7 +720,9 @@ def plot_classes(plt, path: str, n_shown: int = 60):
     try:
         with open(path, newline="") as file:
             rows = [(row["name"], float(row["average_precision"]), int(row["clips"])) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError) as error:
+        if not rows:
+            raise ValueError("it is empty")
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a table of classes from evaluate.py: {error}") from None
     rows.sort(key=lambda row: -row[1])
     mean = np.mean([row[1] for row in rows])
@@ -722,6 +740,9 @@ def plot_classes(plt, path: str, n_shown: int = 60):
 def plot(inputs: list[str], checkpoint: str, attention: bool, output: str, device: torch.device) -> None:
     """Draw what the inputs call for: runs, a table of classes, or a clip (its masks, CLS attention or timeline)."""
     plt, first = pyplot(), inputs[0]
+    check_parent(output)
+    if not output.lower().endswith((".png", ".jpg", ".pdf", ".svg")) or output in inputs:
+        raise InputError(f"cannot draw into {output}: choose a new name that ends with .png, .jpg, .pdf or .svg")
     if os.path.isdir(first):
         figure = plot_curves(plt, inputs)
     elif len(inputs) > 1:
@@ -816,6 +837,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name or label need not be printable
     try:
         status = run(parse_arguments(sys.argv[1:]))
     except (InputError, CheckpointError, OSError) as error:

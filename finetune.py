@@ -43,9 +43,10 @@ from data import (
     seed_of,
     spectrogram,
     to_float,
+    write_lines,
 )
 from evaluate import PROBE_LAYERS, Labelled, init_distributed, open_labelled, probe, score_manifest
-from model import MAX_PATCH_ROWS, MODELS, AudioClassifier, AudioInput, Encoder, read_pretrained
+from model import MAX_PATCH_ROWS, MODELS, AudioClassifier, AudioInput, CheckpointError, Encoder, read_pretrained
 from pretrain import (
     AMP,
     DEMO,
@@ -56,6 +57,7 @@ from pretrain import (
     check_choices,
     check_numbers,
     cosine_lr,
+    end_together,
     keep_freed_memory,
     log,
     make_scaler,
@@ -574,7 +576,9 @@ def variants(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
 
 
 def repeats(config: FinetuneConfig) -> list[FinetuneConfig]:
-    """One configuration for each of --seeds seeds."""
+    """One configuration for each of --seeds seeds. Raises InputError if there are none."""
+    if config.seeds < 1:
+        raise InputError(f"--seeds must be above 0, not {config.seeds}")
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         names = dict(init=config.init.replace("{seed}", str(seed)), model=config.model.replace("{seed}", str(seed)))
@@ -615,10 +619,14 @@ def run_all(config: FinetuneConfig) -> int:
     """All the runs that the command line asks for, one after the other, and their table; returns the exit status."""
     torch.backends.cudnn.allow_tf32 = False
     rank, world, device = init_distributed(config.timeout)
-    plan = [(name, row) for name, one in variants(config).items() for some in repeats(one) for row in folds(some)]
-    if len(plan) > 1:
-        for _, row in plan:  # a fold that is missing is told before the first has run for hours
+    plan, error = [], ""
+    try:
+        plan = [(name, row) for name, one in variants(config).items() for some in repeats(one) for row in folds(some)]
+        for _, row in plan if len(plan) > 1 else []:  # a missing fold is told before the first has run for hours
             check(row, world)
+    except (InputError, CheckpointError, OSError) as problem:
+        error = str(problem)
+    end_together(error, rank, world)
     stop, table = Stop(world, config.timeout), {}
     for name, row in plan:
         if row.probe:
@@ -630,12 +638,13 @@ def run_all(config: FinetuneConfig) -> int:
         table.setdefault(name, []).append(score)
     if rank == 0 and not code and (len(plan) > 1 or config.probe):
         print_table(table, config, keep=len(plan) > 1)
-    stop.leave()
+    if world > 1:
+        dist.destroy_process_group()
     return code
 
 
 def print_table(table: dict[str, list[float]], config: FinetuneConfig, keep: bool) -> None:
-    """Print each row's score; of several folds or seeds mean, standard deviation and each. `keep` it in table.json."""
+    """Print each row's score; of several folds or seeds mean, deviation and each. `keep` them in table.json."""
     width = max(map(len, table))
     print(f"\n{'':{width}s}  {config.metric}")
     for name, scores in table.items():
@@ -643,8 +652,10 @@ def print_table(table: dict[str, list[float]], config: FinetuneConfig, keep: boo
         spread = f" ± {np.std(scores, ddof=1):.4f}  ({each})" if len(scores) > 1 else ""
         print(f"{name:{width}s}  {np.mean(scores):.4f}{spread}")
     if keep:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(config.out_dir, "table.json").write_text(json.dumps({config.metric: table}, indent=1) + "\n")
+        path = Path(config.out_dir, "table.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text()).get(config.metric, {}) if path.exists() else {}
+        write_lines(path, [json.dumps({config.metric: before | table}, indent=1)])
 
 
 def main() -> None:

@@ -61,7 +61,11 @@ class ModelConfig:
     drop_path: float = 0.0
 
     def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name != "drop_path" and not (type(value) is int and 0 < value <= 2**16):
+                raise ValueError(f"{name} must be a whole number of reasonable size, not {value!r}")
         for ok, message in (
+            (0 <= self.drop_path < 1, f"drop_path {self.drop_path} is not from 0 to 1"),
             (self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}"),
             (self.width % 4 == 0, f"width {self.width} is not a multiple of 4 (position channels)"),
             (self.width % self.decoder_groups == 0, f"width {self.width} is not a multiple of the decoder's groups"),
@@ -527,18 +531,42 @@ def read_pretrained(path: str | os.PathLike) -> Pretrained:
             raise CheckpointError(f"no checkpoint in {path}: looked for model.safetensors, best.pt and last.pt")
     try:
         if path.is_dir() or path.suffix == ".safetensors":
-            return _read_hugging_face(path / "model.safetensors" if path.is_dir() else path)
+            return _checked(_read_hugging_face(path / "model.safetensors" if path.is_dir() else path))
         state = load_checkpoint(path)
         if "network" in state:
-            return _read_own(state)
+            return _checked(_read_own(state))
         if isinstance(state.get("model"), dict) and isinstance(state.get("cfg"), dict):
-            return _read_fairseq(state)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            return _checked(_read_fairseq(state))
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         missing = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise CheckpointError(f"{path} is not a checkpoint of this model: {missing}") from None
     raise CheckpointError(f"{path} is not a checkpoint of this model: it holds {', '.join(map(str, list(state)[:5]))}")
+
+
+def _checked(found: Pretrained) -> Pretrained:
+    """A stranger's file may claim anything: sizes must be those of its tensors, before memory is taken for them."""
+    n, audio, head = found.network, found.audio, found.head
+    shapes = {"patch_embed.weight": (n.width, 1, n.patch_size, n.patch_size)}
+    shapes[f"blocks.{n.depth - 1}.mlp.fc1.weight"] = (n.mlp_ratio * n.width, n.width)
+    decoder = {f"blocks.{n.decoder_depth - 1}.weight": (n.width, n.width // n.decoder_groups, *2 * [n.decoder_kernel])}
+    for weights, expected in ((found.encoder, shapes), (found.decoder, decoder)):
+        if weights and any(weights[name].shape != shape for name, shape in expected.items()):
+            raise ValueError("its settings give other sizes than its tensors have")
+    if n.mel_bins > 1024 or audio.clip_frames not in range(n.patch_size, (MAX_PATCH_ROWS + 1) * n.patch_size):
+        raise ValueError(f"it claims {n.mel_bins} mel bins, clips of {audio.clip_frames} frames")
+    if not all(math.isfinite(x) for x in (audio.norm_mean, audio.norm_std, found.norm_eps)) or audio.norm_std <= 0:
+        raise ValueError("its normalisation is not made of numbers")
+    names = [*found.classes, *found.classes.values()]
+    if found.pooling not in ("cls", "mean"):
+        raise ValueError(f"it pools by {found.pooling!r}")
+    if head and (len(found.classes) != len(head["head.bias"]) or not all(isinstance(name, str) for name in names)):
+        raise ValueError(f"it names {len(found.classes)} classes, its head has {len(head['head.bias'])}")
+    for weights in filter(None, (found.encoder, found.decoder, found.teacher, head)):
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("its weights are not finite, its training has diverged")
+    return found
 
 
 def _read_own(state: dict) -> Pretrained:
@@ -624,7 +652,7 @@ def _read_hugging_face(path: Path) -> Pretrained:
 def _network_of(encoder: dict[str, Tensor], heads: int, **others: int) -> ModelConfig:
     """Sizes of a network from its tensors; the number of heads is not among them."""
     width, patch_size = encoder["cls_token"].shape[-1], encoder["patch_embed.weight"].shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("blocks."))
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
     mlp_ratio = encoder["blocks.0.mlp.fc1.weight"].shape[0] // width
     return ModelConfig(patch_size, width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, **others)
 

@@ -13,6 +13,7 @@ Citations such as EAT_pretraining.py:364 point into the released code (github.co
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -522,6 +523,8 @@ def end_together(error: str, rank: int, world: int) -> None:
     if any(errors):
         if rank == 0:
             print(f"{Path(sys.argv[0]).name}: {next(filter(None, errors))}", file=sys.stderr)
+        if world > 1:
+            dist.destroy_process_group()
         sys.exit(2)
 
 
@@ -544,8 +547,9 @@ class Stop:
         self.code, self.reason, limit = 0, "", datetime.timedelta(minutes=timeout)
         # on the CPU: never waits for the GPU
         self.group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        atexit.register(self.leave)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
@@ -563,12 +567,8 @@ class Stop:
         return int(code)
 
     def leave(self) -> None:
-        """Part from the other processes. A group that a signal handler kept would now and then abort Python's exit."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        """Let go of the group: one that the signal handlers keep would now and then abort Python's exit."""
         self.group = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Feed:
@@ -736,7 +736,8 @@ def train(config: PretrainConfig) -> int:
         print(f"done: {config.updates} updates; weights in {out_dir / 'last.pt'}, curves in {out_dir / 'log.jsonl'}")
         if Path(config.data).parent == DEMO:
             print("next: python data.py scan FOLDER -o train.tsv, and on with 'Your own audio' in README.md")
-    stop.leave()
+    if world > 1:
+        dist.destroy_process_group()
     return code
 
 

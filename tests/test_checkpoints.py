@@ -312,6 +312,43 @@ def test_files_that_are_not_checkpoints_of_this_model(tmp_path):
     refused("hf", "cannot read|not a checkpoint")
 
 
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("network", "heads", 0), ("network", "heads", 2.0), ("network", "heads", -2), ("network", "width", 10**9),
+        ("network", "width", 32), ("network", "depth", 60_000), ("network", "depth", 1.5), ("network", "patch_size", 0),
+        ("network", "mel_bins", 2**14), ("network", "mel_bins", -128), ("network", "mlp_ratio", 8),
+        ("network", "decoder_groups", 0), ("network", "drop_path", "x"), ("network", "colour", "red"),
+        ("config", "clip_frames", 0), ("config", "clip_frames", 10**12), ("config", "clip_frames", 64.5),
+        ("config", "clip_frames", "x"), ("config", "norm_std", 0.0), ("config", "norm_std", "x"),
+        ("config", "norm_mean", float("nan")), ("config", "norm_mean", None), ("config", "pooling", "x"),
+        ("", "norm_eps", "x"), ("", "classes", 5), ("", "classes", ["a"]), ("", "classes", {"a": "A", "b": 5}),
+        ("", "classes", {"a": "A"}), ("classifier", "head.bias", torch.tensor([0.0, float("nan")])),
+    ],
+)  # fmt: skip
+def test_absurd_claims_are_one_line(tmp_path, part, key, value):
+    """Whatever a stranger's file says of sizes and names is compared with its tensors before memory is taken for it."""
+    path = our_classifier(tmp_path)
+    state = torch.load(path, weights_only=True)
+    (state[part] if part else state)[key] = value
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this model|names 1 classes") as error:
+        AudioClassifier.from_pretrained(path)
+    assert "\n" not in str(error.value)
+
+
+def test_absurd_claims_of_a_hugging_face_folder(tmp_path):
+    shutil.copytree(GOLDEN / "hf_pretrained", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, value in (("num_heads", 0), ("mel_bins", 1e9), ("img_size", [5, 128]), ("img_size", 7)):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(CheckpointError, match="not a checkpoint of this model"):
+            Encoder.from_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this model"):
+        Encoder.from_pretrained(tmp_path / "hf")
+
+
 def test_without_safetensors_the_message_says_so():
     code = "import sys; sys.modules['safetensors'] = None; import model; model.Encoder.from_pretrained(sys.argv[1])"
     result = subprocess.run(

@@ -528,10 +528,21 @@ def test_audioset_clips_by_their_id(tmp_path, script):
         (["speechcommands", "empty", "-o", "out"], "cannot read empty/validation_list.txt"),
         (["audioset", "nothing.csv", "nothing.csv", "empty", "-o", "x.tsv"], "cannot read the classes in nothing.csv"),
         (["audioset", "table.csv", "table.csv", "empty", "-o", "x.tsv"], "is not a list of AudioSet segments"),
+        (["esc50", "evil1", "-o", "out"], "'/etc/passwd' has no fold or class, or lies elsewhere"),
+        (["esc50", "evil2", "-o", "out"], "'1.wav' has no fold or class, or lies elsewhere"),
+        (["esc50", "evil3", "-o", "out"], "the class 'dog, big' holds a comma"),
+        (["esc50", "single", "-o", "out"], "has one fold only"),
     ],
 )
 def test_folders_that_are_not_these_data_sets(tmp_path, script, args, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("index,label\n0,dog\n")
+    rows = dict(
+        evil1="/etc/passwd,1,dog", evil2="1.wav,/../../evil,dog", evil3='1.wav,1,"dog, big"', single="1.wav,1,dog"
+    )
+    for name, row in rows.items():
+        (tmp_path / name / "meta").mkdir(parents=True)
+        (tmp_path / name / "meta" / "esc50.csv").write_text(f"filename,fold,category\n{row}\n")
     result = script("data.py", *args, check=False)
+    assert not (tmp_path / "out").exists()
     assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1

@@ -299,6 +299,8 @@ def test_features_of_a_folder(classifier, script):
     script("evaluate.py", "classifier.pt", ".", "--features", "each")
     one = np.load(classifier / "each" / "sub" / "clip 0.wav.npz")
     np.testing.assert_array_equal(one["frames"], found["sub/clip 0.wav/frames"])
+    twice = script("evaluate.py", "classifier.pt", "clip 0.wav", "sub", "--features", "x.npz", check=False)
+    assert twice.returncode == 1 and "clip 0.wav is there twice" in twice.stderr and not (classifier / "x.npz").exists()
     again = script("evaluate.py", "classifier.pt", ".", "--features", "each", check=False)
     assert again.returncode == 1 and again.stderr == "evaluate.py: each exists: remove it or choose another name\n"
 
@@ -320,16 +322,27 @@ def test_features_of_a_folder(classifier, script):
         (["classifier.pt", "empty"], "no audio files below empty"),
         (["plot", "nothing"], "no such file or run: nothing"),
         (["plot", "empty"], "cannot read empty/log.jsonl"),
+        (["plot", "hollow"], "cannot read hollow/log.jsonl"),
+        (["plot", "three.txt", "-o", "three.txt"], "cannot draw into three.txt"),
+        (["plot", "short.csv"], "is not a table of classes"),
+        (["classifier.pt", "manifest.tsv", "--csv", "manifest.tsv"], "manifest.tsv exists and is no table of classes"),
+        (["classifier.pt", "manifest.tsv", "--csv", "nowhere/x.csv"], "there is no folder nowhere"),
+        (["classifier.pt", "clip 0.wav", "--features", "nowhere/x.npz"], "there is no folder nowhere"),
     ],
 )
 def test_refusals_are_one_line(classifier, script, args, message):
     (classifier / "empty").mkdir()
     (classifier / "three.txt").write_text("a\nb\nc\n")
+    (classifier / "hollow").mkdir()
+    (classifier / "hollow" / "log.jsonl").write_text('{"loss": 1}\n')
+    (classifier / "short.csv").write_text("label,name,clips,average_precision\na,A\n")
+    listed = (classifier / "manifest.tsv").read_text()
     (classifier / "others.txt").write_text("a\nb\n")
     (classifier / "unlabelled.tsv").write_text(f"{classifier}\nclip 0.wav\t8000\n")
     (classifier / "unknown.tsv").write_text(f"{classifier}\nclip 0.wav\t8000\tmid\n")
     result = script("evaluate.py", *args, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert (classifier / "manifest.tsv").read_text() == listed
     if message:
         assert message in result.stderr and result.stderr.count("\n") == 1
 

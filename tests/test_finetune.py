@@ -424,6 +424,8 @@ def test_an_unreadable_clip_is_neither_trained_on_nor_scored(folder, script):
         (["--timeout", "1e300"], "--timeout must be"),
         (["--classes", "nothing.csv"], "cannot read the classes in nothing.csv"),
         (["--fold", "all"], "--fold needs {fold}"),
+        (["--seeds", "0"], "--seeds must be above 0"),
+        (["--seeds", "2", "--init", "no{seed}.pt"], "cannot read no1.pt: No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, script, args, message):
