@@ -24,12 +24,14 @@ only reading files needs soundfile. Citations such as data/raw_audio_dataset.py:
 """
 
 import argparse
+import atexit
 import codecs
 import csv
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -500,8 +502,15 @@ def _leave_signals_to_the_parent(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@functools.lru_cache
+def _end_loaders_at_exit() -> None:
+    """An exception can keep a loader alive to the end, where Python would wait for processes that ignore SIGTERM."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
+
+
 def build_loader(dataset: AudioDataset, batches, workers: int, pin_memory: bool = False) -> DataLoader:
     """Loads the given batches (lists of items) in order, read ahead by `workers` processes, one a core at most."""
+    _end_loaders_at_exit()
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -604,7 +613,9 @@ class _Reader(Dataset):
 
 def read_all(read: Callable[[int], Tensor], indices: Iterable[int], workers: int) -> DataLoader:
     """Iterates over (index, waveform or None, problem) in order, `workers` processes ahead."""
-    return DataLoader(_Reader(read, indices), batch_size=None, num_workers=max(0, workers))
+    _end_loaders_at_exit()
+    options = dict(num_workers=max(0, workers), worker_init_fn=_leave_signals_to_the_parent)
+    return DataLoader(_Reader(read, indices), batch_size=None, **options)
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:

@@ -320,8 +320,8 @@ def probe(
 ) -> dict[str, float]:  # fmt: skip
     """Fit probes to one labelled set and score them on another: {"probe_linear": ..., "probe_knn": ...}.
 
-    metric: "accuracy" or "mAP"; by default accuracy if every clip has one class. Without a `test` set every fourth
-    clip of `train` is tested.
+    metric: "accuracy" or "mAP"; by default accuracy if every clip of both has one class. Without a `test` set every
+    fourth clip of `train` is tested.
     """
     training = encoder.training
     encoder.eval()
@@ -344,7 +344,8 @@ def probe(
         tqdm.write(f"WARNING: {n_bad} labelled clips cannot be read, the probe does without them")
     if not len(x) or not len(x_test):
         raise InputError(f"{train.dataset.source}: too few clips for a probe")
-    metric = metric or ("accuracy" if (train.targets.sum(1) == 1).all() else "mAP")
+    is_single = all((some.targets.sum(1) == 1).all() for some in (train, test) if some)
+    metric = metric or ("accuracy" if is_single else "mAP")
     fit = dict(linear=linear_probe, knn=knn_probe)
     scores = {f"probe_{kind}": fit[kind](x, y, x_test) for kind in kinds}
     return {name: summarize_scores(some, y_test)[0][metric] for name, some in scores.items()}

@@ -452,6 +452,8 @@ def train(config: FinetuneConfig, rank: int, world: int, device: torch.device, s
         print(f"{len(classes)} classes, {len(data):,} clips", end=", ")
         print(f"{len(task.test.dataset):,} to evaluate, {world} x {device.type}", end=", ")
         print(str(amp_dtype).removeprefix("torch."))
+        if config.weighted and config.epoch_clips >= len(data):
+            print("WARNING: --weighted has no effect: --epoch_clips draws every clip; choose less than there are")
 
     # Data: the stream of clips from this update on
     weights = sampling_weights(targets) if config.weighted else None
@@ -505,6 +507,8 @@ def train(config: FinetuneConfig, rank: int, world: int, device: torch.device, s
     code, history, health, clock, feed.waited = 0, [], Health(stop, config), time.perf_counter(), 0.0
     if is_due():  # stopped before its evaluation
         evaluate()
+        if is_main:
+            save_last()
     bar = dict(initial=step, total=config.updates, disable=None if is_main else True)  # None: only on a terminal
     for done in (progress := tqdm(range(step, config.updates), **bar)):
         torch.manual_seed(seed_of("drop_path", config.seed, done, rank))
@@ -630,12 +634,14 @@ def run_all(config: FinetuneConfig) -> int:
     stop, table = Stop(world, config.timeout), {}
     for name, row in plan:
         if row.probe:
-            code, score = stop.agreed(), run_probe(row, device, world)
+            code, score = 0, run_probe(row, device, world)
         else:
             code, score = train(row, rank, world, device, stop)
         if code := code or stop.agreed():
             break
         table.setdefault(name, []).append(score)
+    if config.seeds > 1:  # the spread is that over seeds; of several folds, each has its mean
+        table = {name: np.reshape(scores, (config.seeds, -1)).mean(1).tolist() for name, scores in table.items()}
     if rank == 0 and not code and (len(plan) > 1 or config.probe):
         print_table(table, config, keep=len(plan) > 1)
     if world > 1:

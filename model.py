@@ -684,11 +684,11 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     fairseq.pt for tools that read the released files.
 
     The Hugging Face layout has no decoder and no teacher. Raises CheckpointError if the folder is not empty, if a
-    checkpoint cannot be read, or if its classifier pools by the mean, which the published code cannot.
+    checkpoint cannot be read, or if its classifier pools by the mean, which the published Hugging Face code cannot.
     """
     found, folder = read_pretrained(checkpoint), Path(folder)
     if found.pooling != "cls":
-        raise CheckpointError(f"{checkpoint} pools by the mean: the published code knows the CLS token only")
+        raise CheckpointError(f"{checkpoint} pools by the mean: the published code knows CLS only")
     try:
         from safetensors.torch import save_file
     except ImportError:

@@ -256,7 +256,7 @@ def test_windows():
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Three hours, written sparsely: windows come one at a time."""
+    """Twenty minutes: windows come one at a time."""
     with soundfile.SoundFile(tmp_path / "hours.wav", "w", 16_000, 1) as file:
         block = tone(16_000 * 60).numpy()
         for _ in range(20):

@@ -322,11 +322,29 @@ def test_resume_is_exact_and_best_is_kept(folder, script):
     assert AudioClassifier.from_pretrained(folder / "cut").classes == {"high": "high", "low": "low"}
 
 
+def test_a_signal_to_all_processes_of_an_evaluating_run_saves(folder, script):
+    """Loaders included, several times, in training and evaluation alike; none is left behind, and the run goes on."""
+    more = [*TINY, "--workers", 1, "--updates", 30, "--eval_every", 1]
+    for delay in (0.1, 0.6, 1.3):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "finetune.py"), *map(str, more)], cwd=folder, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while "step" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 143 and "Traceback" not in said, said
+    assert "resuming at update" in script("finetune.py", *more).stdout
+    assert read_log(folder / "run")[-1]["step"] == 30
+
+
 @pytest.mark.parametrize("preset", ["as20k", "as2m", "spcv2"])
 def test_two_processes_are_one(folder, script, preset):
     """The same clips, mixed in the same pairs, with the same augmentation; drop path alone is drawn by each."""
     metric = ["--metric", "mAP"] if preset != "spcv2" else []
-    args = [*TINY, "--preset", preset, "--drop_path", 0, "--lr", 1e-3, *metric, "--seed", 3]
+    args = [*TINY, "--preset", preset, "--drop_path", 0, "--lr", 1e-3, *metric, "--seed", 3, "--epoch_clips", 4]
     for name, processes, more in (("one", 1, []), ("two", 2, []), ("parts", 1, ["--accumulate", 2])):
         script("finetune.py", *args, "--out_dir", name, *more, processes=processes)
     one, two, parts = (read_log(folder / name) for name in ("one", "two", "parts"))

@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,17 @@ def test_the_two_setup_commands():
     assert len(setup) == 2 and all(len(block.strip().splitlines()) == 1 for block in setup)
     assert "--preset demo" in setup[0] and setup[1].strip().endswith("-m pytest -q")
     assert "grep --max-count=1 -- '-m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_numbers_of_the_laptop_run():
+    """Mean and spread in the README are those of the run's own tables."""
+    tables = [json.loads((ROOT / "assets/runs/laptop" / f"{task}.json").read_text()) for task in ("drums", "mandarin")]
+    for row, drums in tables[0]["accuracy"].items():
+        cells = [
+            f"{statistics.mean(scores):.3f} ± {statistics.stdev(scores):.3f}"
+            for scores in (drums, tables[1]["accuracy"][row])
+        ]
+        assert f"| {row} | {cells[0]} | {cells[1]} |" in README
 
 
 def test_promises_name_tests_that_exist():
