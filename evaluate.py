@@ -618,16 +618,21 @@ def plot_curves(plt, runs: list[str]):
     held = {key for log in logs.values() for record in log for key in record}
     panels = [(title, [key for key in keys if key in held]) for title, keys in PANELS if held & set(keys)]
     figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(9, 2.6 * -(-len(panels) // 2)), squeeze=False)
+    lines = {}
     for (title, keys), axis in zip(panels, axes.flat):
         for number, (run, log) in enumerate(logs.items()):
             for i, key in enumerate(keys):  # one run: a colour a key; several: a colour a run
                 points = [(r["step"], r[key]) for r in log if r.get(key) is not None]
-                label, color = (key, f"C{i}") if len(runs) == 1 else (f"{Path(run).name}: {key}", f"C{number}")
-                style = dict(linestyle=("-", "--", ":")[i], color=color, label=label, marker=".")
-                axis.plot(*zip(*points) if points else ([], []), **style)
+                style = dict(linestyle=("-", "--", ":")[i], color=f"C{i if len(runs) == 1 else number}", marker=".")
+                (line,) = axis.plot(*zip(*points) if points else ([], []), **style, label=key if number == 0 else None)
+                lines.setdefault(Path(run).name, line)
         axis.set(xlabel="update", ylabel=title)
         axis.set_yscale("log" if title == "loss" else "linear")
-        axis.legend(frameon=False, fontsize=7)
+        legend = axis.legend(edgecolor="none", framealpha=0.7, fontsize=7, handlelength=3.5)
+        for line in legend.get_lines() if len(runs) > 1 else []:
+            line.set_color("0.3")
+    if len(runs) > 1:
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     return figure

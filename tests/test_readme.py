@@ -137,6 +137,13 @@ def test_numbers_of_the_laptop_run():
             for scores in (drums, tables[1]["accuracy"][row])
         ]
         assert f"| {row} | {cells[0]} | {cells[1]} |" in README
+    for log, step, said in (
+        ("pretrain1", 1000, ".657"), ("faster_teacher", 1000, ".575"), ("utterance_weight192", 400, ".504"),
+        ("utterance_weight192", 200, ".422"), ("pretrain1", 400, ".537"),
+    ):  # fmt: skip
+        lines = map(json.loads, (ROOT / "assets/runs/laptop" / f"{log}.jsonl").read_text().splitlines())
+        score = next(r["probe_linear"] for r in lines if r["step"] == step and "probe_linear" in r)
+        assert f"{score:.3f}"[1:] == said and said in README
 
 
 def test_promises_name_tests_that_exist():
