@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -530,8 +531,9 @@ def write_features(
         raise InputError(f"{output} exists: remove it or choose another name")
     check_parent(output)
     names = [os.fsencode(path.relative_to(root)).decode(errors="backslashreplace") for path, root in zip(paths, roots)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{twice} is there twice: give the folder above, or one after the other")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{name} is there twice: give the folder above, or one after the other")
     found, n_failed = {}, 0
     for file, name in zip(listen(layer_tokens(encoder, layer), paths, encoder.audio, device), names):
         if file.problem:

@@ -358,7 +358,7 @@ def check(config: FinetuneConfig, world: int) -> tuple[Task, dict[str, str]]:
     check_numbers(
         config,
         positive="clip_frames norm_std layer_decay epoch_clips batch_size accumulate updates lr log_every save_every "
-        "seeds max_skipped timeout",
+        "max_skipped timeout",
         fractions="label_smoothing drop_path layer_decay mixup_prob specaug_freq specaug_time beta1 beta2 "
         "max_bad_fraction",
     )
