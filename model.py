@@ -34,12 +34,14 @@ import pickle
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6  # the encoder's LayerNorms; target and decoder norms use PyTorch's 1e-5
 MAX_PATCH_ROWS = 768  # longest input in patches of 16 frames: 768 * 0.16 s = 2 minutes
@@ -122,6 +124,16 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))                   # (B, T, D)
 
 
+def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), for elementwise work: the backward pass computes it again from x instead of keeping its results.
+
+    A linear layer at its end is not repeated: PyTorch stops at the last tensor it lacks, the input of that layer.
+    """
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 class MLP(nn.Module):
     """Feed-forward network of a block; (B, T, D) -> (B, T, D)."""
 
@@ -131,7 +143,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return recompute(lambda hidden: self.fc2(F.gelu(hidden)), self.fc1(x))
 
 
 class DropPath(nn.Module):
@@ -296,7 +308,7 @@ class Decoder(nn.Module):
         x = fill.index_copy(0, rows, tokens.reshape(-1, D)).view(BC, H, W, D)           # (B*C, H, W, D)
         for conv in self.blocks:  # channels stay last in memory: conv and norm both read the tensor as it lies
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                         # (B*C, H, W, D)
-            x = x + F.gelu(F.layer_norm(y, (D,)))
+            x = x + recompute(lambda y: F.gelu(F.layer_norm(y, (D,))), y)
         return self.proj(x.reshape(BC, N, D))                                           # (B*C, N, D)
 
 

@@ -10,6 +10,8 @@ import soundfile
 import torch
 
 ROOT = Path(__file__).parent.parent
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def tone(n_samples: int, rate: int = 16_000, hz: float = 440.0) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, tone
+from conftest import NEEDS_GPU, ROOT, tone
 from test_checkpoints import Attack, golden  # noqa: F401  (a fixture)
 from test_parity import GOLDEN, assert_near, our_name
 
@@ -513,7 +513,7 @@ def test_the_demo_preset_is_complete(tmp_path, script):
     assert {row.init for row in rows.values()} == {"scratch", config.init}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("flags", [["fp32"], ["bf16"], ["fp16"], ["bf16", "--compile"]])
 def test_on_a_gpu_it_learns(folder, script, flags):
     script("finetune.py", *TINY, "--amp", *flags, "--updates", 60, "--eval_every", 60)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICES
 
 import pretrain
 from masking import count_visible, visible_ids
@@ -38,14 +39,16 @@ def our_name(released: str) -> str:
     return f"decoder.blocks.{layer}.{name}"
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict:
+@pytest.fixture(scope="module", params=DEVICES)
+def golden(request) -> dict:
+    """The recording, on a device; its "config" holds plain values."""
+    torch.backends.cudnn.allow_tf32 = False  # as in a run
     with np.load(GOLDEN / "pretrain.npz", allow_pickle=False) as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "config"}
         arrays["config"] = json.loads(str(file["config"]))
     for name in ("spec", "steps/spec"):
         arrays[name] = arrays[name].float()
-    return arrays
+    return {name: x.to(request.param) if isinstance(x, torch.Tensor) else x for name, x in arrays.items()}
 
 
 def under(golden: dict, prefix: str) -> dict:
@@ -57,7 +60,7 @@ def under(golden: dict, prefix: str) -> dict:
 def student(golden) -> EAT:
     eat = EAT(model_config(golden["config"]))
     eat.load_state_dict(under(golden, "student/"))
-    return eat
+    return eat.to(golden["spec"].device)
 
 
 @pytest.fixture
@@ -79,6 +82,10 @@ def utterance_weight(c: dict) -> float:
     return c["utterance_weight_as_released"] * c["clips"] * c["clones"]
 
 
+def no_noise(mask, network):
+    return torch.zeros(*mask.shape, network.width, device=mask.device)
+
+
 def run(golden, student, teacher, noise):
     c = golden["config"]
     spec, mask = golden["spec"], golden["mask"]
@@ -90,14 +97,14 @@ def run(golden, student, teacher, noise):
 
 def assert_near(name, ours, theirs, relative):
     """Equal up to `relative` of the largest entry."""
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs)
+    ours, theirs = torch.as_tensor(ours).detach().cpu(), torch.as_tensor(theirs).cpu()
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"\n{name}: {error:.1e} of the largest entry, {relative:.0e} allowed", end="")
     assert error <= relative, name
 
 
 def test_positions(golden):
-    theirs = golden["positions_first_rows"]
+    theirs = golden["positions_first_rows"].cpu()
     H, W = golden["config"]["grid"]
     torch.testing.assert_close(sincos_2d(768, W, theirs.shape[1])[: H * W], theirs[: H * W], rtol=0, atol=1e-6)
 
@@ -116,14 +123,14 @@ def test_forward(golden, student, teacher):
         assert_near("all tokens", student.encoder(spec), golden["features"], 1e-5)
         half = spec[:, :, : spec.shape[2] // 2]
         assert_near("half a clip", student.encoder(half), golden["features_half_length"], 1e-5)
-        targets, out = run(golden, student, teacher, torch.zeros(*mask.shape, student.config.width))
+        targets, out = run(golden, student, teacher, no_noise(mask, student.config))
     assert_near("targets", targets, golden["targets"], 1e-5)
     assert_near("predictions", out["pred"], golden["decoder_out"], 1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["", "noise_"])
 def test_losses(golden, student, teacher, prefix):
-    noise = golden["noise_decoder_in"] if prefix else torch.zeros(*golden["mask"].shape, student.config.width)
+    noise = golden["noise_decoder_in"] if prefix else no_noise(golden["mask"], student.config)
     _, out = run(golden, student, teacher, noise)
     assert_near("predictions", out["pred"], golden[prefix + "decoder_out"], 1e-5)
     for ours, theirs in (("loss", "loss"), ("loss_frame", "loss_frame"), ("loss_utterance", "loss_cls")):
@@ -131,7 +138,7 @@ def test_losses(golden, student, teacher, prefix):
 
 
 def test_gradients(golden, student, teacher):
-    _, out = run(golden, student, teacher, torch.zeros(*golden["mask"].shape, student.config.width))
+    _, out = run(golden, student, teacher, no_noise(golden["mask"], student.config))
     out["loss"].backward()
     theirs = under(golden, "grad/")
     assert theirs.keys() == dict(student.named_parameters()).keys()
@@ -141,7 +148,7 @@ def test_gradients(golden, student, teacher):
 
 def test_spread(golden, student, teacher):
     mask = golden["mask"]
-    targets, out = run(golden, student, teacher, torch.zeros(*mask.shape, student.config.width))
+    targets, out = run(golden, student, teacher, no_noise(mask, student.config))
     weight = mask.view(len(targets), -1, mask.shape[1]).sum(1).flatten()
     assert_near("target_std", masked_std(targets.flatten(0, 1), weight), golden["target_var"], 1e-5)
     assert_near("pred_std", masked_std(out["pred"].flatten(0, 1), mask.flatten()), golden["pred_var"], 1e-5)
@@ -162,10 +169,10 @@ def test_trajectory(golden, student, teacher, by_clip, monkeypatch):
         weight_decay=c["weight_decay"], clip_norm=c["clip_norm"],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(param_groups(student, config), betas=c["betas"], eps=c["adam_eps"], fused=True)
-    scaler = pretrain.make_scaler(torch.float32, torch.device("cpu"))
+    scaler = pretrain.make_scaler(torch.float32, golden["spec"].device)
     for step, (specs, masks) in enumerate(zip(golden["steps/spec"], golden["steps/mask"])):
         parts = [
-            (spec, mask, torch.zeros(*mask.shape, network.width))
+            (spec, mask, no_noise(mask, network))
             for spec, mask in zip(specs.chunk(accumulate), masks.chunk(accumulate))
         ]
         if step:  # the released code applies the decay of update n when update n + 1 begins

@@ -7,18 +7,20 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEVICES, NEEDS_GPU, ROOT
 from test_data import bad_files
+from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from data import InputError
-from model import EAT, MODELS, ModelConfig
+from model import EAT, MLP, MODELS, ModelConfig
 from pretrain import (
     PRESETS,
     PretrainConfig,
@@ -319,30 +321,72 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     assert all(p.isfinite().all() for p in [*student.parameters(), *teacher.parameters()])
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_stays_near_full(amp):
-    """Same update in autocast: losses agree to the precision of the type, weights and the teacher stay fp32."""
-    config = dataclasses.replace(
-        BASE, model="tiny", clip_frames=64, clones=4, batch_size=2, mask="random", warmup=0, updates=9
+def one_update(config, device: str, compile: bool = False) -> dict[str, float]:
+    """Losses and gradient norm of a first update, always of the same weights, data, masks and noise."""
+    torch.manual_seed(0)
+    device = torch.device(device)
+    student = EAT(config.network).to(device)
+    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
+    optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
+    dtype = pretrain.pick_precision(config.amp, device)
+    if compile:
+        student.compile()
+        teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
+    generator, clips = torch.Generator().manual_seed(1), config.batch_size
+    spec = torch.randn(clips, 1, config.clip_frames, 128, generator=generator)
+    mask = draw_masks(config, 0, torch.device("cpu"))
+    noise = draw_noise(config, 0, range(clips), torch.device("cpu"))
+    part = tuple(x.to(device) for x in (spec, mask, noise))
+    out = pretrain.train_step(
+        student, teacher, optimizer, pretrain.make_scaler(dtype, device), [part], 0, config, dtype
     )
-    out = {}
-    for name in ("fp32", amp):
-        torch.manual_seed(0)
-        student = EAT(config.network)
-        teacher = copy.deepcopy(student.encoder).requires_grad_(False)
-        optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
-        dtype = pretrain.pick_precision(name, torch.device("cpu"))
-        scaler = pretrain.make_scaler(dtype, torch.device("cpu"))
-        spec = torch.randn(2, 1, 64, 128, generator=torch.Generator().manual_seed(1))
-        part = (spec, draw_masks(config, 0, torch.device("cpu")), draw_noise(config, 0, range(2), torch.device("cpu")))
-        out[name] = pretrain.train_step(student, teacher, optimizer, scaler, [part], 0, config, dtype)
-        assert all(p.dtype == torch.float32 for p in [*student.parameters(), *teacher.parameters()])
-        assert out[name]["targets"].dtype == torch.float32
-    for key in ("loss", "loss_frame", "loss_utterance", "grad_norm"):
-        assert out[amp][key].item() == pytest.approx(out["fp32"][key].item(), rel=0.03), key
+    assert all(p.dtype == torch.float32 for p in [*student.parameters(), *teacher.parameters()])
+    assert out["targets"].dtype == torch.float32
+    return {key: out[key].item() for key in pretrain.LOGGED}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+UPDATE = dataclasses.replace(
+    BASE, model="tiny", clip_frames=64, clones=4, batch_size=2, mask="random", warmup=0, updates=9, amp="fp32"
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_stays_near_full(amp, device):
+    """Same update in autocast: losses agree to the precision of the type, weights and the teacher stay fp32."""
+    half = one_update(dataclasses.replace(UPDATE, amp=amp), device)
+    assert half == pytest.approx(one_update(UPDATE, "cpu"), rel=0.03)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), *DEVICES[1:]])
+def test_compiled_is_eager(device):
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    assert one_update(UPDATE, device, compile=True) == pytest.approx(one_update(UPDATE, "cpu"), rel=1e-4)
+
+
+def test_what_is_recomputed_holds_no_product():
+    """Forward and backward are three forward passes, whatever is computed again for lack of a memory of it."""
+    mlp, x = MLP(16, 64), torch.randn(3, 5, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        y = mlp(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert forward.get_total_flops() == 2 * 3 * 5 * 2 * 16 * 64
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+@NEEDS_GPU
+def test_200_updates_in_bf16_follow_fp32(folder, script):
+    logs = {}
+    for amp in ("fp32", "bf16"):
+        script("pretrain.py", *SHORT, "--updates", 200, "--amp", amp, "--data", "manifest.tsv", "--out_dir", amp)
+        logs[amp] = read_log(folder / amp)
+    for full, half in zip(logs["fp32"], logs["bf16"]):
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.05), full["step"]
+
+
+@NEEDS_GPU
 @pytest.mark.parametrize(
     "flags", [["--amp", "fp32"], ["--amp", "bf16"], ["--amp", "fp16"], ["--amp", "bf16", "--compile"]]
 )
