@@ -1,6 +1,6 @@
 """How fast is it here? Prints a table; run by hand:
 
-    python tests/bench.py                                       base preset, one clip, and the loader: some minutes
+    python tests/bench.py                                       base preset, one clip, and the loader: 10 minutes
     python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
     python tests/bench.py --finetune as20k --clips 1            an update of fine-tuning, of a preset
     python tests/bench.py --json bench.json                     the same numbers as JSON
@@ -13,8 +13,10 @@ import argparse
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,8 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,6 +53,22 @@ def median_seconds(function, runs: int = 5, warmup: int = 1) -> float:
     return statistics.median(times[warmup:])
 
 
+def paced(update, flops: float, dtype: torch.dtype, runs: int) -> dict[str, float]:
+    """An update's time and rate, beside that of a matrix product, measured before each: a machine's speed drifts."""
+    a, seconds, rates = torch.randn(1536, 1536, device=DEVICE, dtype=dtype), [], []
+    update()
+    for _ in range(runs):
+        rates.append(2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5))
+        seconds.append(median_seconds(update, 1, 0))
+    return {
+        "update (s)": statistics.median(seconds),
+        "update (TFLOP)": flops / 1e12,
+        "update (GFLOP/s)": flops / statistics.median(seconds) / 1e9,
+        "matrix product 1536^3 (GFLOP/s)": statistics.median(rates) / 1e9,
+        "update / matrix product": statistics.median(flops / s / r for s, r in zip(seconds, rates)),
+    }
+
+
 def forward_flops(c: ModelConfig, tokens: int) -> float:
     """Multiply-adds of the encoder for one sequence, times 2: projections, and attention's two products."""
     return c.depth * (2 * tokens * (4 + 2 * c.mlp_ratio) * c.width**2 + 4 * tokens**2 * c.width)
@@ -66,22 +86,25 @@ def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
     )
 
 
-def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]:
-    """One update and its pieces, on noise of the right shape."""
-    if DEVICE.type == "cpu":
+def make(config: pretrain.PretrainConfig, device: torch.device = DEVICE):
+    """What train_step needs, as pretrain.py makes it: student, teacher, optimizer, scaler."""
+    if device.type == "cpu":
         pretrain.keep_freed_memory()
-    dtype = pretrain.pick_precision(config.amp, DEVICE)
-    a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
-    matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)
-
     torch.manual_seed(0)
-    student = EAT(config.network).to(DEVICE)
+    student = EAT(config.network).to(device)
     teacher = copy.deepcopy(student.encoder).requires_grad_(False)
     optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
-    scaler = pretrain.make_scaler(dtype, DEVICE)
+    scaler = pretrain.make_scaler(pretrain.pick_precision(config.amp, device), device)
     if config.compile:
         student.compile()
         teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
+    return student, teacher, optimizer, scaler
+
+
+def bench_update(config: pretrain.PretrainConfig, made, runs: int) -> dict[str, float]:
+    """One update and its pieces, on noise of the right shape."""
+    student, teacher, optimizer, scaler = made
+    dtype = pretrain.pick_precision(config.amp, DEVICE)
     waveform = torch.randn(config.batch_size, data.clip_samples(config.clip_frames), device=DEVICE)
     n_samples = torch.full((config.batch_size,), waveform.shape[1], device=DEVICE)
 
@@ -100,11 +123,13 @@ def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]
 
         return run
 
-    tokens = autocast(lambda: student.encoder(spec, ids_keep))()
     parts, clips = [(spec, mask, noise)], range(config.batch_size)
-    update = median_seconds(
-        lambda: pretrain.train_step(student, teacher, optimizer, scaler, parts, 1, config, dtype), runs
-    )
+    numbers = paced(
+        lambda: pretrain.train_step(student, teacher, optimizer, scaler, parts, 1, config, dtype),
+        sum(update_flops(config).values()), dtype, runs,
+    )  # fmt: skip
+    numbers |= {"clips/s": config.batch_size / numbers["update (s)"], "peak memory (GiB)": peak_memory()}
+    tokens = autocast(lambda: student.encoder(spec, ids_keep))()
     pieces = {
         "front end": front_end,
         "masks": lambda: pretrain.draw_masks(config, 0, DEVICE),
@@ -116,24 +141,20 @@ def bench_update(config: pretrain.PretrainConfig, runs: int) -> dict[str, float]
     }
     pieces = {name: median_seconds(piece, runs) for name, piece in pieces.items()}
     pieces |= bench_backward(student, teacher, optimizer, parts[0], config, dtype, runs)
+    numbers |= {f"  {name} (s)": seconds for name, seconds in pieces.items()}
     norm = torch.ones((), device=DEVICE)
     finite = median_seconds(lambda: (~norm.isfinite()).float(), 100, 10)
-    flops = sum(update_flops(config).values())
     with tempfile.TemporaryDirectory() as folder:
         state = dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict())
         save = median_seconds(lambda: pretrain.save_checkpoint(Path(folder, "last.pt"), **state), 3)
-    return {
-        "update (s)": update,
-        **{f"  {name} (s)": seconds for name, seconds in pieces.items()},
-        "clips/s": config.batch_size / update,
-        "update (TFLOP)": flops / 1e12,
-        "update (GFLOP/s)": flops / update / 1e9,
-        "matrix product 1536^3 (GFLOP/s)": matmul / 1e9,
-        "update / matrix product": flops / update / matmul,
-        "peak memory (GiB)": pretrain.peak_memory_gib(DEVICE),
-        "promise: checkpoint every --save_every, share of the update": save / config.save_every / update,
-        "promise: finite gradients, share of the update": finite / update,
+    return numbers | {
+        "promise: checkpoint every --save_every, share of the update": save / config.save_every / numbers["update (s)"],
+        "promise: finite gradients, share of the update": finite / numbers["update (s)"],
     }
+
+
+def peak_memory() -> float:
+    return pretrain.peak_memory_gib(DEVICE)
 
 
 def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) -> dict[str, float]:
@@ -159,8 +180,6 @@ def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, floa
     if DEVICE.type == "cpu":
         pretrain.keep_freed_memory()
     dtype = pretrain.pick_precision(config.amp, DEVICE)
-    a = torch.randn(1536, 1536, device=DEVICE, dtype=dtype)
-    matmul = 2 * 1536**3 / median_seconds(lambda: a @ a, 20, 5)
     network = dataclasses.replace(pretrain.MODELS[config.model], drop_path=config.drop_path)
     model = AudioClassifier(network, {str(i): "" for i in range(527)}).to(DEVICE).train()
     optimizer = torch.optim.AdamW(finetune.layer_decay_groups(model, config), weight_decay=0.05, fused=True)
@@ -170,19 +189,57 @@ def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, floa
     spec = torch.randn(config.batch_size, 1, config.clip_frames, data.MEL_BINS, device=DEVICE)
     y = (torch.rand(config.batch_size, 527, device=DEVICE) < 0.004).float()
     y[:, 0] = 1
-    update = median_seconds(
-        lambda: finetune.train_step(model, optimizer, scaler, [(spec, y)], 1, config, dtype), runs
-    )
     n = config.clip_frames // network.patch_size * (network.mel_bins // network.patch_size)
-    flops = 3 * config.batch_size * forward_flops(network, n + 1)
+    numbers = paced(
+        lambda: finetune.train_step(model, optimizer, scaler, [(spec, y)], 1, config, dtype),
+        3 * config.batch_size * forward_flops(network, n + 1), dtype, runs,
+    )  # fmt: skip
+    return numbers | {"clips/s": config.batch_size / numbers["update (s)"], "peak memory (GiB)": peak_memory()}
+
+
+def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    student, teacher, *_ = make(config, torch.device("cpu"))
+    model = DistributedDataParallel(student, gradient_as_bucket_view=True, broadcast_buffers=False)
+    started, sizes = [], []
+
+    def hook(_, bucket):
+        started.append(time.perf_counter())
+        sizes.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, hook)
+    spec = torch.randn(1, 1, config.clip_frames, data.MEL_BINS)
+    mask = pretrain.draw_masks(config, 0, spec.device)
+    ids_keep = visible_ids(mask, config.n_visible)
+    noise = pretrain.draw_noise(config, 0, [0], spec.device)
+    targets = torch.zeros(1, mask.shape[1], config.network.width)
+    for _ in range(2):  # the order of the gradients is known from the second time on
+        started.clear(), sizes.clear()
+        loss = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)["loss"]
+        begin = time.perf_counter()
+        loss.backward()
+        seconds = time.perf_counter() - begin
+    answer[rank] = torch.tensor([
+        sum(sizes), len(sizes), (started[0] - begin) / seconds, (started[-1] - begin) / seconds,
+        4 * sum(p.numel() for p in student.parameters()),
+    ])  # fmt: skip
+
+
+def bench_reduction(config: pretrain.PretrainConfig, port: int = 29_518) -> dict[str, float]:
+    """What two processes on CPUs tell each other in an update, and when."""
+    answer = torch.zeros(2, 5, dtype=torch.float64).share_memory_()
+    config = dataclasses.replace(config, batch_size=1, amp="fp32", compile=False)
+    mp.spawn(_reduce, (port, config, answer), nprocs=2)
+    sent, buckets, first, last, computed = answer[0].tolist()
     return {
-        "update (s)": update,
-        "clips/s": config.batch_size / update,
-        "update (TFLOP)": flops / 1e12,
-        "update (GFLOP/s)": flops / update / 1e9,
-        "matrix product 1536^3 (GFLOP/s)": matmul / 1e9,
-        "update / matrix product": flops / update / matmul,
-        "peak memory (GiB)": pretrain.peak_memory_gib(DEVICE),
+        "DDP: gradients averaged in an update (MB)": sent / 1e6,
+        "DDP: 4 bytes x trainable parameters (MB)": computed / 1e6,
+        "DDP: parts that these are sent in": buckets,
+        "DDP: the first part starts after this share of the backward": first,
+        "DDP: the last part starts after this share of the backward": last,
     }
 
 
@@ -200,41 +257,90 @@ def bench_agreement(port: int = 29_517) -> float:
     return answer.max().item()
 
 
-def bench_loader(clips: int, workers: int) -> dict[str, float]:
-    """Clips of 10 s from flac files and from a packed folder, against decoding alone; opening two million lines."""
+def private_mib(pid: int) -> float:
+    """Memory of a process that it shares with no other, MiB (Linux)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def bench_data(config: pretrain.PretrainConfig, made, clips: int, workers: int, runs: int) -> dict[str, float]:
+    """Clips of 10 s from flac files and from a packed folder, against decoding alone; two million lines; a training."""
     with tempfile.TemporaryDirectory() as folder:
         noise = torch.randn(160_000, generator=torch.Generator().manual_seed(0)) / 20
         for i in range(clips):
             soundfile.write(f"{folder}/{i}.flac", noise.roll(1000 * i).numpy(), 16_000)
-        lines = [folder, *(f"{i}.flac\t160000" for i in range(clips))]
-        data.write_lines(f"{folder}/m.tsv", lines)
+        data.write_lines(f"{folder}/m.tsv", [folder, *(f"{i}.flac\t160000" for i in range(clips))])
+        data.write_lines(f"{folder}/big.tsv", [folder, *(f"{i % clips}.flac\t160000" for i in range(2_000_000))])
+        data.pack(f"{folder}/m.tsv", f"{folder}/packed", workers)
 
         def decode():
             for i in range(clips):
                 soundfile.read(f"{folder}/{i}.flac", dtype="float32")
 
-        alone = clips / median_seconds(decode, 3)
-        data.pack(f"{folder}/m.tsv", f"{folder}/packed", workers)
-
         def load(source, n_batches):
-            dataset = data.AudioDataset(source)
+            """Clips/s, and the most memory that a loader process has for itself, MiB."""
+            dataset = data.AudioDataset(f"{folder}/{source}")
             loader = iter(data.build_loader(dataset, data.ClipSampler(len(dataset), 12, seed=0), workers))
             next(loader)  # the processes have started
             start = time.perf_counter()
             for _ in range(n_batches):
                 next(loader)
-            return 12 * n_batches / (time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            return 12 * n_batches / seconds, max(private_mib(p.pid) for p in multiprocessing.active_children())
 
-        files = statistics.median(load(f"{folder}/m.tsv", clips // 12) for _ in range(3))
-        packed = statistics.median(load(f"{folder}/packed", clips // 2) for _ in range(3))
-        data.write_lines(f"{folder}/big.tsv", [folder, *(f"a/folder/Y{i:011d}.flac\t160000" for i in range(2_000_000))])
-        big = median_seconds(lambda: data.AudioDataset(f"{folder}/big.tsv"), 3, 0)
+        def medians(source, n_batches):
+            return (statistics.median(some) for some in zip(*(load(source, n_batches) for _ in range(3))))
+
+        alone = clips / median_seconds(decode, 3)
+        files, memory = medians("m.tsv", clips // 12)
+        many, memory_of_many = medians("big.tsv", clips // 12)
+        packed, _ = medians("packed", clips // 2)
+        return {
+            "decoding flac alone, one process (clips/s)": alone,
+            f"loader, flac files, {workers} workers (clips/s)": files,
+            f"loader, packed, {workers} workers (clips/s)": packed,
+            "2,000,000 lines: opening (s)": median_seconds(lambda: data.AudioDataset(f"{folder}/big.tsv"), 3, 0),
+            "2,000,000 lines: loader (clips/s)": many,
+            "2,000,000 lines: memory that a worker adds (MiB)": memory_of_many - memory,
+            "2,000,000 lines: start of pretrain.py to its first update (s)": first_update(config, folder),
+            **bench_training(config, made, f"{folder}/packed", workers, runs),
+        }
+
+
+def bench_training(config, made, source: str, workers: int, runs: int) -> dict[str, float]:
+    """Updates on audio that loaders read, as pretrain.py makes them: the share of their time spent waiting for it."""
+    dataset, dtype = data.AudioDataset(source), pretrain.pick_precision(config.amp, DEVICE)
+    sampler = data.ClipSampler(len(dataset), config.batch_size, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        loader = data.build_loader(dataset, sampler, workers, pin_memory=DEVICE.type == "cuda")
+        feed, seconds = pretrain.Feed(loader, dataset, Path(folder)), []
+
+        def update():
+            parts = pretrain.micro_batches(feed, sampler, config, 1, DEVICE)
+            pretrain.train_step(*made, parts, 1, config, dtype)
+
+        update()  # the loaders have started
+        feed.waited = 0.0
+        seconds = [median_seconds(update, 1, 0) for _ in range(4 * runs)]
     return {
-        "decoding flac alone, one process (clips/s)": alone,
-        f"loader, flac files, {workers} workers (clips/s)": files,
-        f"loader, packed, {workers} workers (clips/s)": packed,
-        "opening 2,000,000 lines (s)": big,
+        "training from packed audio: update (s)": statistics.median(seconds),
+        "training from packed audio: share spent waiting for data": feed.waited / sum(seconds),
     }
+
+
+def first_update(config: pretrain.PretrainConfig, folder: str) -> float:
+    """Seconds from the start of pretrain.py to the log line of its first update, with two million lines."""
+    flags = dict(data=f"{folder}/big.tsv", out_dir=f"{folder}/run", model=config.model, clones=config.clones)
+    flags |= dict(batch_size=config.batch_size, amp=config.amp, updates=2, warmup=0)
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    command, start = [sys.executable, "-u", ROOT / "pretrain.py", *words], time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1 "):
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    raise RuntimeError("pretrain.py ended before its first update")
 
 
 def main() -> None:
@@ -259,10 +365,12 @@ def main() -> None:
             model=args.model, batch_size=args.clips, amp=args.amp, compile=args.compile,
         )), args.runs)  # fmt: skip
     else:
-        agreement = bench_agreement()
-        numbers = bench_update(config, args.runs)
-        numbers["promise: agreement on a stop, share of the update"] = agreement / numbers["update (s)"]
-        numbers |= bench_loader(240, args.workers)
+        made = make(config)
+        numbers = bench_update(config, made, args.runs)
+        numbers["promise: agreement on a stop, share of the update"] = bench_agreement() / numbers["update (s)"]
+        numbers |= bench_data(config, made, 240, args.workers, args.runs)
+        del made
+        numbers |= bench_reduction(config)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     what = f"fine-tuning ({args.finetune})" if args.finetune else f"{args.clones} clones"
     print(f"\n{args.model}, {args.clips} clips, {what}, {args.amp}, {device}, torch {torch.__version__}")
