@@ -1,6 +1,6 @@
 """Audio files in, normalised log-mel spectrograms out.
 
-    python data.py scan  DIR -o train.tsv       list every audio file below DIR
+    python data.py scan  DIR -o train.tsv       list every audio file below DIR; --labels: labelled by their folders
     python data.py stats train.tsv              mean and std for --norm_mean and --norm_std
     python data.py pack  train.tsv shards/      decode once; training then reads shards/ instead of train.tsv
     python data.py esc50 ESC-50-master -o esc50/                             train1.tsv, test1.tsv, ... of the 5 folds
@@ -701,10 +701,18 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad:
     return f"{output}: {len(good)} clips, {hours:.2f} h{left_out}"
 
 
-def scan(folder: str, output: str) -> None:
-    """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad."""
+def scan(folder: str, output: str, labels: bool = False) -> None:
+    """Write a manifest of every audio file below `folder`; files that cannot be used go to `output`.bad.
+
+    With `labels`, each is labelled by the folder it lies in. Raises InputError if one lies in none below `folder`.
+    """
     paths, n_others, refused = find_audio(folder)
-    said = write_manifest(output, folder, [(path, "") for path in paths], refused)
+    if labels and (loose := next((path for path in paths if path.parent == Path(folder)), None)):
+        raise InputError(f"{loose} lies in no folder below {folder} that could label it (--labels)")
+    files = [(path, path.parent.name if labels else "") for path in paths]
+    for _, label in files:
+        _refuse_comma(label)
+    said = write_manifest(output, folder, files, refused)
     print(said + (f"; {n_others} files of other kinds" if n_others else ""))
 
 
@@ -923,6 +931,7 @@ def main() -> None:
     command = commands.add_parser("scan", help="write a manifest of every audio file below a folder")
     command.add_argument("folder")
     command.add_argument("-o", "--output", required=True)
+    command.add_argument("--labels", action="store_true", help="label each file by the folder it lies in")
     command = commands.add_parser("esc50", help="manifests of ESC-50's folds")
     command.add_argument("folder", help="ESC-50-master: meta/esc50.csv and audio/")
     command.add_argument("-o", "--output", required=True, help="folder for train1.tsv, test1.tsv, ...")

@@ -267,6 +267,22 @@ def test_a_name_need_not_be_utf8(folder, script):
     assert all(not dataset[i].problem for i in range(len(dataset))) and len(dataset) == 9
 
 
+def test_scan_labels_by_folder(tmp_path, script):
+    for name in ("cat/a.wav", "more/dog, small/b.wav", "dog/c.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "in" / name, tone(8000).numpy(), 16_000)
+    refused = script("data.py", "scan", "in", "-o", "m.tsv", "--labels", check=False)
+    assert "the class 'dog, small' holds a comma" in refused.stderr and not (tmp_path / "m.tsv").exists()
+    (tmp_path / "in/more/dog, small").rename(tmp_path / "in/more/dog")
+    script("data.py", "scan", "in", "-o", "m.tsv", "--labels")
+    dataset = AudioDataset(str(tmp_path / "m.tsv"))
+    assert {dataset.name(i): dataset.labels(i) for i in range(3)} == {
+        "cat/a.wav": ["cat"], "dog/c.wav": ["dog"], "more/dog/b.wav": ["dog"],
+    }  # fmt: skip
+    refused = script("data.py", "scan", "in/cat", "-o", "cat.tsv", "--labels", check=False)
+    assert "in/cat/a.wav lies in no folder below in/cat that could label it" in refused.stderr
+
+
 def test_scan_follows_links_but_not_in_circles(folder, tmp_path_factory, script):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     shutil.copy(folder / "clip 0.wav", elsewhere / "linked.wav")
