@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import update_flops
 from conftest import ROOT
 
 import evaluate
@@ -70,14 +71,14 @@ def test_flags():
     known |= set(vars(evaluate.parse_arguments(["CKPT", "x"]))) | set(vars(evaluate.parse_arguments(["plot", "x"])))
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
-    assert said <= known | torchrun | {"preset", "help", "max-restarts"}, said - known - torchrun
+    assert said <= known | torchrun | {"preset", "help", "max-restarts", "labels"}, said - known - torchrun
 
 
 def test_names_in_backquotes():
-    """The functions that the tour of an update names are there."""
+    """The functions that the tables name are there."""
     source = "".join((ROOT / f"{name}.py").read_text() for name in GRAPH)
-    names = "train_step make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram layer_decay_groups "
-    for name in (names + "add_noise sampling_weights").split():
+    names = "make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram layer_decay_groups add_noise "
+    for name in (names + "sampling_weights").split():
         assert f"`{name}`" in README and f"def {name}(" in source
 
 
@@ -97,9 +98,13 @@ def test_commands_parse():
 
 def test_data_commands_run(tmp_path):
     os.symlink(ROOT / "assets" / "demo" / "prompts", tmp_path / "my_audio")
+    (tmp_path / "sorted").mkdir()
+    for part in ("train", "test"):
+        os.symlink(ROOT / "assets" / "demo" / "syllables", tmp_path / "sorted" / part)
     lines = commands("data.py")
-    assert [words[1] for words in lines] == ["scan", "stats", "pack", "esc50", "speechcommands", "audioset"]
-    for words in lines[:3]:  # the others have tests of their own
+    named = ["scan", "scan", "scan", "scan", "stats", "pack", "esc50", "speechcommands", "audioset"]
+    assert [words[1] for words in lines] == named
+    for words in lines[:6]:  # the others have tests of their own
         subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=tmp_path, check=True, capture_output=True)
     assert Path(tmp_path, "shards", "index.json").exists()
 
@@ -110,10 +115,12 @@ def test_snippets_run(tmp_path, script, monkeypatch):
     out = script("pretrain.py", "--preset", "demo", *short).stdout
     assert "next: python data.py scan" in out
     os.symlink(ROOT / "assets", tmp_path / "assets")
+    os.symlink(ROOT / "tests" / "golden" / "hf_finetuned", tmp_path / "EAT-base_finetune_AS2M")
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     for snippet in blocks("python"):
         exec(snippet, session)
+    assert session["probabilities"].shape == (1, len(session["model"].classes))
     assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
     frames = session["spec"].shape[2]
     assert session["tokens"].shape == (1, 1 + frames // 16 * 8, session["encoder"].config.width)
@@ -144,6 +151,79 @@ def test_numbers_of_the_laptop_run():
         lines = map(json.loads, (ROOT / "assets/runs/laptop" / f"{log}.jsonl").read_text().splitlines())
         score = next(r["probe_linear"] for r in lines if r["step"] == step and "probe_linear" in r)
         assert f"{score:.3f}"[1:] == said and said in README
+
+
+def test_numbers_of_the_ablations():
+    """Every cell of the table is made of the runs' scores; each run has its log."""
+    folder = ROOT / "assets/runs/ablations"
+    found = json.loads((folder / "ablations.json").read_text())
+
+    def cell(scores: list[float]) -> str:
+        return f"{statistics.mean(scores):.3f} ± {(max(scores) - min(scores)) / 2:.3f}"
+
+    tuned = found.pop("fine_tuned")
+    assert f"{cell(tuned['mean'])} against {cell(tuned['cls'])}" in README
+    rows = [(name, runs, "linear") for axis in found.values() for name, runs in axis.items()]
+    base = found["utterance weight"]["1"]
+    rows += [("CLS", base, "linear, CLS"), ("mean patch", base, "linear, mean"), ("both", base, "linear")]
+    for name, runs, probe in rows:
+        cells = (cell([run[task][probe] for run in runs]) for task in ("drums", "mandarin", "events"))
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    gains = [
+        run[task]["linear"] - axis["untrained"][seed][task]["linear"]
+        for axis in found.values() for name in axis.keys() - {"untrained"}
+        for seed, run in enumerate(axis[name]) for task in ("drums", "mandarin", "events")
+    ]  # fmt: skip
+    assert 0.01 < min(gains) < 0.02 and 0.23 < max(gains) < 0.24 and "by 1 to 23 points" in README
+    assert len(list(folder.glob("*.jsonl"))) == 28
+
+
+def test_numbers_of_the_bench():
+    found = json.loads((ROOT / "assets/runs/speed/cpu.json").read_text())
+    for key, form in (
+        ("update (s)", "{:.2f} s"), ("update (GFLOP/s)", "{:.0f} GFLOP/s"), ("update / matrix product", "{:.2f} "),
+        ("peak memory (GiB)", "{:.2f} GiB"), ("decoding flac alone, one process (clips/s)", "{:.0f} clips/s"),
+        ("loader, flac files, 2 workers (clips/s)", "{:.0f} clips/s"),
+        ("loader, packed, 2 workers (clips/s)", "{:.0f} clips/s"), ("2,000,000 lines: opening (s)", "{:.1f} s"),
+        ("2,000,000 lines: memory that a worker adds (MiB)", "{:.1f} MiB"),
+    ):  # fmt: skip
+        assert f"| {form.format(found[key])}" in README, key
+    first = found["DDP: the first part starts after this share of the backward"]
+    last = found["DDP: the last part starts after this share of the backward"]
+    assert f"starts after {first:.0%}".replace("%", " %") in README and f"the last after {last:.0%}"[:-1] in README
+    per_update = found["DDP: gradients averaged in an update (MB)"]
+    assert all(f"{2 * (n - 1) / n * per_update:.0f} MB with {n}" in README for n in (4, 64))
+
+
+def test_the_arithmetic_of_an_update():
+    flops = update_flops(dataclasses.replace(PretrainConfig(), batch_size=12))
+    for part, count in flops.items():
+        assert re.search(rf"^{part} .* {count / 1e12:.2f} TFLOP$", README, re.M), part
+    total = sum(flops.values())
+    assert f"{total / 1e12:.2f} TFLOP" in README and f"{total * 4 * 400_000:.2e}".replace("e+", "e") in README
+    for card, peak in (("RTX 3090", 71), ("A100", 312), ("H200", 989)):
+        hours = [total * 400_000 / (share * peak * 1e12) / 3600 for share in (0.35, 0.5)]
+        cells = [f"{h:.1f}" if h < 10 else f"{h:.0f}" for h in hours]
+        assert f"| {card} | {peak} TFLOP/s | {cells[0]} h | {cells[1]} h |" in README
+
+
+def test_the_method_is_quoted_from_the_files():
+    """Each line of the forty stands in the file that the comment above it names."""
+
+    def bare(line: str) -> str:
+        return line.split("  #")[0].strip()
+
+    (excerpt,) = blocks("py")
+    code = [line for line in excerpt.splitlines() if line.strip()]
+    assert 30 <= sum(not line.startswith("#") for line in code) <= 45
+    for line in code:
+        if line.startswith("#"):
+            name, function = re.match(r"# (\w+\.py), (?:\w+\.)?(\w+)", line).groups()
+            source = (ROOT / name).read_text()
+            lines = {bare(some) for some in source.splitlines()}
+            assert f"def {function}(" in source, line
+        else:
+            assert bare(line) in lines, line
 
 
 def test_promises_name_tests_that_exist():
