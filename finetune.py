@@ -640,9 +640,9 @@ def run_all(config: FinetuneConfig) -> int:
         if code := code or stop.agreed():
             break
         table.setdefault(name, []).append(score)
-    if config.seeds > 1:  # the spread is that over seeds; of several folds, each has its mean
-        table = {name: np.reshape(scores, (config.seeds, -1)).mean(1).tolist() for name, scores in table.items()}
     if rank == 0 and not code and (len(plan) > 1 or config.probe):
+        if config.seeds > 1:  # the spread is that over seeds; of several folds, each has its mean
+            table = {name: np.reshape(scores, (config.seeds, -1)).mean(1).tolist() for name, scores in table.items()}
         print_table(table, config, keep=len(plan) > 1)
     if world > 1:
         dist.destroy_process_group()

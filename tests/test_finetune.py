@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -519,6 +520,16 @@ def test_on_a_gpu_it_learns(folder, script, flags):
     script("finetune.py", *TINY, "--amp", *flags, "--updates", 60, "--eval_every", 60)
     log = read_log(folder / "run")
     assert log[-2]["loss"] < log[0]["loss"] and log[-1]["accuracy"] >= 0.75
+
+
+def test_a_stop_among_several_seeds_is_no_error(folder, monkeypatch):
+    """The second of three seeds is stopped: its exit status is the command's, and there is no table yet."""
+    codes = iter([0, 143])
+    monkeypatch.setattr(finetune, "train", lambda *_: (next(codes), 0.5))
+    monkeypatch.setattr(finetune, "Stop", lambda *_: SimpleNamespace(agreed=lambda: 0))
+    monkeypatch.chdir(folder)
+    config = finetune.parse_config(FinetuneConfig, PRESETS, [*TINY, "--seeds", "3"])
+    assert finetune.run_all(config) == 143 and not (folder / "run" / "table.json").exists()
 
 
 def test_average_precision_is_at_hand():
