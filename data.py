@@ -189,7 +189,7 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
     except InputError:
         raise
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
-        raise InputError(f"unreadable: {first_line(error)}") from None
+        raise InputError(f"unreadable: {_why(error, path)}") from None
     if samples.size == 0:
         raise (PastEnd if start else InputError)("unreadable: nothing could be decoded")
     waveform = resample(torch.from_numpy(samples).mean(1), rate)[context:]
@@ -199,6 +199,12 @@ def _decode(path: str | os.PathLike, start: int, n_samples: int | None) -> Tenso
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _why(error: Exception, path: str | os.PathLike) -> str:
+    """What libsndfile says of a file, but for an mp3 without a frame, of which it says that it does not exist."""
+    reason = first_line(error)
+    return "it holds no audio" if "File does not exist" in reason and os.path.isfile(path) else reason
 
 
 def resample(waveform: Tensor, rate: int) -> Tensor:
@@ -646,7 +652,7 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
         info = soundfile.info(os.fsencode(path))
         n_samples = info.frames * SAMPLE_RATE // max(info.samplerate, 1)
     except Exception as error:  # whatever libsndfile makes of a damaged file
-        return 0, first_line(error)
+        return 0, _why(error, path)
     if n_samples >= MAX_SAMPLES:
         return n_samples, "claims more than 37 hours: its header is wrong, convert it"
     return n_samples, "" if n_samples >= FRAME_LENGTH else "shorter than one frame of 25 ms"

@@ -822,6 +822,7 @@ def trim_log(out_dir: Path, step: int) -> None:
 def run_script(train: Callable[..., int], config) -> None:
     """Run a training to its exit status; what the user can mend is told in one line."""
     name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(line_buffering=True)  # a log that goes to a file is there to be read while the run goes on
     try:
         sys.exit(train(config))
     except KeyboardInterrupt:  # before the first update; later ones are handled by Stop

@@ -267,6 +267,14 @@ def test_a_name_need_not_be_utf8(folder, script):
     assert all(not dataset[i].problem for i in range(len(dataset))) and len(dataset) == 9
 
 
+def test_an_mp3_of_other_bytes_is_not_called_missing(folder, script):
+    (folder / "broken.mp3").write_bytes(bytes(range(256)) * 50)
+    script("data.py", "scan", ".", "-o", "m.tsv")
+    assert "it holds no audio\n" in (folder / "m.tsv.bad").read_text()
+    with pytest.raises(InputError, match="unreadable: it holds no audio"):
+        load_audio(folder / "broken.mp3")
+
+
 def test_scan_labels_by_folder(tmp_path, script):
     for name in ("cat/a.wav", "more/dog, small/b.wav", "dog/c.wav"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,9 @@ def test_commands_parse():
         lines = commands(program)
         assert len(lines) >= least
         for words in lines:
-            parse_config(config, presets, words[1:])
+            settings = parse_config(config, presets, words[1:])
+            if program == "pretrain.py":
+                pretrain.check_config(settings, world=1)
     assert len(commands("evaluate.py")) >= 8
     for words in commands("evaluate.py"):
         evaluate.parse_arguments(words[1:])
