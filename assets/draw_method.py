@@ -149,7 +149,7 @@ def draw(spec, masks, targets, prediction):
     write(1258, 468, "+", LOSS, 24, weight="bold")
     arrow((1652, 465), (1768, 465), (1768, 940), (660, 940), (660, 892), color=LOSS)
     arrow((1025, 940), (1025, 892), color=LOSS)
-    write(1231, 970, "the gradient of the two losses updates student and decoder: one AdamW step", LOSS)
+    write(1231, 970, "the gradient of the sum (+) updates student and decoder: one AdamW step", LOSS)
     arrow((660, 590), (660, 314), color=TEACHER, linestyle=(0, (5, 3)))
     write(640, 401, "moving average (EMA)\nafter each update:", TEACHER, ha="right")
     write(640, 476, "teacher ← d · teacher\n+ (1 − d) · student,\nd = ema_decay ≥ 0.9998", TEACHER, ha="right")
