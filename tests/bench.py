@@ -201,7 +201,7 @@ def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> No
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    student, teacher, *_ = make(config, torch.device("cpu"))
+    student, *_ = make(config, torch.device("cpu"))
     model = DistributedDataParallel(student, gradient_as_bucket_view=True, broadcast_buffers=False)
     started, sizes = [], []
 
@@ -313,7 +313,7 @@ def bench_training(config, made, source: str, workers: int, runs: int) -> dict[s
     sampler = data.ClipSampler(len(dataset), config.batch_size, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         loader = data.build_loader(dataset, sampler, workers, pin_memory=DEVICE.type == "cuda")
-        feed, seconds = pretrain.Feed(loader, dataset, Path(folder)), []
+        feed = pretrain.Feed(loader, dataset, Path(folder))
 
         def update():
             parts = pretrain.micro_batches(feed, sampler, config, 1, DEVICE)

@@ -14,7 +14,9 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,6 +77,7 @@ def name_of(settings: dict, seed: int) -> str:
 
 
 def train(settings: dict, seed: int, audio: Path, out_dir: Path) -> None:
+    """Pre-train, or go on with it."""
     flags = settings | dict(
         data=audio / "pretrain.tsv", seed=seed, out_dir=out_dir, probe_every=150,
         probe_manifest=audio / "drums_train.tsv", probe_test=audio / "drums_test.tsv",
@@ -103,7 +106,7 @@ def probes(encoder: Encoder, audio_input: AudioInput, audio: Path) -> dict[str, 
     return found
 
 
-def kept(path: Path, make) -> dict:
+def kept(path: Path, make: Callable[[], Any]) -> Any:
     """What `make()` returns, from a file beside the run if it is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +158,11 @@ def cell(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.3f} ± {(max(scores) - min(scores)) / 2:.3f}"
 
 
-def table(axis: str, rows: dict[str, list[dict]], probe: str = "linear") -> list[str]:
+def table(axis: str, rows: dict[str, list[dict]]) -> list[str]:
+    """The linear probe of every row on every task, as Markdown."""
     lines = [f"| {axis} | {' | '.join(TASKS)} |", "|---" * (1 + len(TASKS)) + "|"]
     for name, found in rows.items():
-        lines.append(f"| {name} | {' | '.join(cell([run[task][probe] for run in found]) for task in TASKS)} |")
+        lines.append(f"| {name} | {' | '.join(cell([run[task]['linear'] for run in found]) for task in TASKS)} |")
     return lines
 
 
