@@ -1,0 +1,298 @@
+"""Manifests: of your own audio, of three public data sets; statistics of one; a packed copy of its audio.
+
+    python extras/prepare.py scan  DIR -o train.tsv       every audio file below DIR; --labels: labelled by
+    folders python extras/prepare.py stats train.tsv              mean and std for --norm_mean and --norm_std
+    python extras/prepare.py pack  train.tsv packed.tsv   decode once, into packed.pcm; training reads
+    packed.tsv python extras/prepare.py esc50 ESC-50-master -o esc50/                      train1.tsv,
+    test1.tsv, ... python extras/prepare.py speechcommands speech_commands_v0.02 -o spcv2/     train.tsv,
+    valid.tsv, test.tsv python extras/prepare.py audioset SEGMENTS.csv LABELS.csv AUDIO_DIR -o train.tsv
+    python extras/prepare.py released old.tsv -o train.tsv     the released code's old.tsv with its old.lbl
+
+What cannot be used is left out, and listed with the reason in a file that ends with .bad. The formats are
+described at the top of data.py.
+"""
+
+import argparse
+import csv
+import functools
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import (  # noqa: E402
+    AUDIO_SUFFIXES, CLIP_FRAMES, FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, AudioDataset, InputError, Manifest,
+    build_loader, check_peak, count_samples, first_line, log_mel, read_classes, read_pieces, write_lines,
+)  # fmt: skip
+from evaluate import init_distributed, run_script  # noqa: E402
+
+
+def find_audio(folder: str | os.PathLike) -> list[Path]:
+    """Audio files below a folder, sorted; through links, but not in circles. Raises InputError if none."""
+    paths, seen = [], set()
+
+    def warn(error: OSError) -> None:
+        print(f"WARNING: {error.filename} cannot be opened: {error.strerror}", file=sys.stderr)
+
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder")
+    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
+        if os.path.realpath(where) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        paths += [Path(where, name) for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+    if not paths:
+        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
+    return sorted(paths)
+
+
+def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], missing: list[str] = ()) -> None:
+    """Write a manifest of (file below `folder`, labels); what cannot be used goes to `output`.bad.
+
+    Raises InputError if one of the two exists or no file can be used.
+    """
+
+    def line(file: tuple[Path, str]) -> tuple[str, str]:
+        name, labels = os.fspath(file[0].relative_to(folder)), file[1]
+        try:
+            if set("\t\n\r") & set(name + labels):
+                raise InputError("its name or label holds a tab or a line break")
+            return f"{name}\t{count_samples(file[0])}" + (f"\t{labels}" if labels else ""), ""
+        except InputError as error:
+            return "", f"{name!r}\t{error}"
+
+    for path in (output, f"{output}.bad"):
+        if os.path.exists(path):
+            raise InputError(f"{path} exists: remove it or choose another name")
+    if "\n" in os.path.abspath(folder):
+        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
+    with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
+        rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
+    good, bad = ([row[i] for row in rows if row[i]] for i in (0, 1))
+    bad += [f"{name!r}\tno such file" for name in missing]
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    if bad:
+        write_lines(f"{output}.bad", bad)
+    if not good:
+        raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
+    write_lines(output, [os.path.abspath(folder), *good])
+    hours = sum(int(row.split("\t")[1]) for row in good) / SAMPLE_RATE / 3600
+    left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
+    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}")
+
+
+def check_label(label: str) -> str:
+    """The label, if it can stand in a manifest. Raises InputError."""
+    if not label.strip() or "," in label:
+        raise InputError(f"the class {label!r} is empty or holds a comma: rename it")
+    return label
+
+
+def scan(folder: str, output: str, labels: bool) -> None:
+    """A manifest of every audio file below a folder, with --labels labelled by the folder that it lies in."""
+    files = [(path, check_label(path.parent.name) if labels else "") for path in find_audio(folder)]
+    if labels and (loose := [path for path, _ in files if path.parent == Path(folder)]):
+        raise InputError(f"{loose[0]} lies in no folder below {folder} that could label it (--labels)")
+    write_manifest(output, folder, files)
+
+
+def released(source: str, output: str) -> None:
+    """A manifest from the released code's .tsv, and .lbl beside it: ids and labels, a line for each clip."""
+    try:
+        root, *lines = Path(source).read_text(errors="surrogateescape").split("\n")
+        lbl = Path(source).with_suffix(".lbl")
+        labels = lbl.read_text(errors="surrogateescape").split("\n") if lbl.exists() else []
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
+    names = [line.rsplit(None, 1)[0] for line in lines if line.strip()]
+    labels = [(line.split() + ["", ""])[1] for line in labels if line.strip()] or [""] * len(names)
+    if len(labels) != len(names) or (lbl.exists() and not all(labels)):
+        raise InputError(f"{lbl} must have one line 'id label,label' for each of the {len(names)} clips")
+    root = os.path.join(os.path.dirname(source), root.strip())
+    write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
+
+
+def stats(source: str, max_clips: int, workers: int) -> None:
+    """Mean and std of the log-mel values, without padding, of up to max_clips clips spread over a
+    manifest."""
+    init_distributed()  # keeps freed memory
+    data = AudioDataset(source)
+    items = torch.linspace(0, len(data) - 1, max(1, min(max_clips, len(data)))).long().tolist()
+    sums, n_bad = torch.zeros(3, dtype=torch.float64), 0
+    loader = build_loader(data, [[item] for item in items], workers)
+    for batch in tqdm(loader, desc="stats", unit="clip", disable=None):
+        if batch.problems[0]:
+            n_bad += 1
+            continue
+        spec = log_mel(batch.waveform[:, : batch.n_samples[0]]).double()
+        sums += torch.stack([spec.sum(), spec.square().sum(), torch.tensor(spec.numel())])
+    if not sums[2]:
+        raise InputError(f"none of the {n_bad} clips of {source} can be read")
+    mean = sums[0] / sums[2]
+    std = (sums[1] / sums[2] - mean**2).sqrt()
+    left_out = f"{len(items) - n_bad} clips, {n_bad} that cannot be read"
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {left_out}")
+
+
+def pack(source: str, output: str, workers: int) -> None:
+    """Decode a manifest's clips into one .pcm file, and list them in `output`.
+
+    Started again, it goes on where it was: `output`.partial has a line for each clip of the manifest that is
+    done. Raises InputError if that was begun with another manifest.
+    """
+    if not output.endswith(".tsv") or os.path.exists(output):
+        raise InputError(f"{output}: choose a new name that ends with .tsv")
+    manifest, partial, pcm = Manifest(source), Path(f"{output}.partial"), Path(output).with_suffix(".pcm")
+    if pcm.exists() and not partial.exists():
+        raise InputError(f"{pcm} exists: remove it or choose another name")
+    partial.touch(), pcm.touch()
+    text = partial.read_text(errors="surrogateescape")
+    done = text[: text.rfind("\n") + 1].split("\n")[:-1]  # the last line may be half-written
+    if any(line.split("\t")[0] != manifest.fields(i)[0] for i, line in enumerate(done)):
+        raise InputError(f"{partial} was begun with another manifest: remove it or choose another name")
+    write_lines(partial, done)
+    with open(partial, "a", errors="surrogateescape") as listing, open(pcm, "r+b") as samples:
+        samples.seek(2 * sum(int(line.split("\t")[1]) for line in done))
+        samples.truncate()
+        rest, read = range(len(done), len(manifest.begins)), functools.partial(read_whole, manifest)
+        loader = DataLoader(rest, None, num_workers=workers, collate_fn=read)
+        for waveform, line in tqdm(loader, desc="pack", unit="clip", disable=None):
+            samples.write(waveform.numpy().astype("<i2").tobytes())
+            samples.flush()
+            listing.write(f"{line}\n")
+            listing.flush()
+        os.fsync(samples.fileno())
+    rows = [line.split("\t") for line in partial.read_text(errors="surrogateescape").split("\n") if line]
+    bad = [f"{row[0]}\t{row[2]}" for row in rows if row[1] == "0"]
+    if bad:
+        write_lines(f"{output}.bad", bad)
+    if len(bad) == len(rows):
+        raise InputError(f"no clip of {source} can be read: see {output}.bad")
+    write_lines(output, [pcm.name, *("\t".join(row) for row in rows if row[1] != "0")])
+    partial.unlink()
+    left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
+    print(f"{output}: {len(rows) - len(bad)} clips in {pcm}{left_out}")
+
+
+def read_whole(manifest: Manifest, i: int) -> tuple[Tensor, str]:
+    """A whole file as int16, decoded in pieces, so that an hour takes little memory; and its line of the
+    listing."""
+    (name, _, *labels), hop = manifest.fields(i), CLIP_FRAMES * FRAME_SHIFT
+    try:
+        pieces = []
+        for piece in read_pieces(manifest.path(i), hop, hop):
+            check_peak(piece, allow_silence=True)
+            pieces.append((piece * 32768).round().clamp(-32768, 32767).to(torch.int16))
+        waveform = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int16)
+        if len(waveform) < FRAME_LENGTH or not waveform.any():
+            raise InputError("silent" if len(waveform) >= FRAME_LENGTH else "too short")
+        return waveform, "\t".join([name, str(len(waveform)), *labels])
+    except InputError as error:
+        return torch.empty(0, dtype=torch.int16), f"{name}\t0\t{error}"
+
+
+def read_table(path: str | os.PathLike, **form) -> list[list[str]]:
+    """Rows of a CSV without its lines that begin with '#'. Raises InputError if it cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [row for row in csv.reader((line for line in file if not line.startswith("#")), **form) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def esc50(folder: str, output: str) -> None:
+    """Manifests of ESC-50's folds, from its meta/esc50.csv: testK.tsv is fold K, trainK.tsv the others."""
+    table = f"{folder}/meta/esc50.csv"
+    header, *rows = read_table(table) or [[]]
+    if not {"filename", "fold", "category"} <= set(header) or any(len(row) != len(header) for row in rows):
+        raise InputError(f"{table} is not the table of ESC-50: it begins with {','.join(header)}")
+    clips, audio = [dict(zip(header, row)) for row in rows], Path(folder, "audio")
+    for clip in clips:
+        check_label(clip["category"])
+        if not clip["fold"].isdecimal() or os.path.basename(clip["filename"]) != clip["filename"]:
+            raise InputError(f"{table}: {clip['filename']!r} has no fold, or lies elsewhere")
+    folds = sorted({clip["fold"] for clip in clips})
+    if len(folds) < 2:
+        raise InputError(f"{table} has one fold only: there is nothing to train on")
+    absent = {clip["filename"] for clip in clips if not (audio / clip["filename"]).is_file()}
+    for fold in folds:
+        for part in ("train", "test"):
+            own = [(c["filename"], c["category"]) for c in clips if (c["fold"] == fold) == (part == "test")]
+            files = [(audio / name, label) for name, label in own if name not in absent]
+            missing = [name for name, _ in own if name in absent]
+            write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files, missing)
+
+
+def speechcommands(folder: str, output: str) -> None:
+    """Manifests of Speech Commands, split by its validation_list.txt and testing_list.txt; a folder a
+    word."""
+    part_of = {}
+    for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
+        rows = read_table(f"{folder}/{name}")
+        part_of |= dict.fromkeys((row[0] for row in rows), part)
+    files = dict(train=[], valid=[], test=[])
+    for path in find_audio(folder):
+        word, name = path.parent.name, path.relative_to(folder).as_posix()
+        if name.count("/") == 1 and not word.startswith("_"):  # _background_noise_ is not a word
+            files[part_of.pop(name, "train")].append((path, check_label(word)))
+    for part in files:
+        missing = [name for name, where in part_of.items() if where == part]
+        write_manifest(f"{output}/{part}.tsv", folder, files[part], missing)
+
+
+def audioset(segments: str, labels: str, folder: str, output: str) -> None:
+    """A manifest of the clips of an AudioSet list (YTID, start, end, "label,label") that are below a folder.
+
+    `labels` is class_labels_indices.csv; a clip's file is known by the 11 characters of its YTID at the
+    beginning of the name, or behind a Y.
+    """
+    known, rows = read_classes(labels), read_table(segments, skipinitialspace=True)
+    if not rows or any(len(row) < 4 for row in rows):
+        raise InputError(f"{segments} is not a list of AudioSet segments: YTID, start, end, labels")
+    by_id = {}
+    for path in find_audio(folder):
+        if len(path.stem) > 11 and path.stem[0] == "Y":
+            by_id.setdefault(path.stem[1:12], path)
+        if len(path.stem) == 11 or path.stem[11:12] in ("_", "-", "."):
+            by_id[path.stem[:11]] = path
+    for row in rows:
+        if unknown := set(row[3].split(",")) - known.keys():
+            raise InputError(f"{segments}: {row[0]} has the label {min(unknown)!r}, which {labels} does not list")
+    files = [(by_id[row[0]], row[3]) for row in rows if row[0] in by_id]
+    write_manifest(output, folder, files, [row[0] for row in rows if row[0] not in by_id])
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, *arguments in (
+        (scan, "folder", "-o"), (stats, "source"), (pack, "source", "output"), (esc50, "folder", "-o"),
+        (speechcommands, "folder", "-o"), (audioset, "segments", "labels", "folder", "-o"),
+        (released, "source", "-o"),
+    ):  # fmt: skip
+        command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0])
+        command.set_defaults(function=function)
+        for name in arguments:
+            command.add_argument(name, **(dict(dest="output", required=True) if name == "-o" else {}))
+        if function is scan:
+            command.add_argument("--labels", action="store_true", help="label each file by its folder")
+        if function is stats:
+            command.add_argument("--max_clips", type=int, default=10_000)
+        if function in (stats, pack):
+            command.add_argument("--workers", type=int, default=os.cpu_count())
+    args = vars(parser.parse_args())
+    del args["command"]
+    args.pop("function")(**args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
