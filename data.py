@@ -10,7 +10,8 @@
 then a line for each clip, path<TAB>n_samples[<TAB>label,label...], with n_samples counted at 16 kHz.
 
 **Packed**: line 1 is a .pcm file instead, which holds the clips in that order, one behind the other, as 16
-kHz mono little-endian int16. extras/prepare.py writes both.
+kHz mono little-endian int16, of clips above full scale divided by a gain, their fourth column.
+extras/prepare.py writes both.
 
 Only `resample` needs torchaudio, only reading files needs soundfile. Citations such as
 data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
@@ -19,7 +20,6 @@ data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst
 import atexit
 import codecs
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,17 +47,17 @@ LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
-LOUDEST = 1e6  # float files may exceed 1, but not by this much
+LOUDEST = 64.0  # float files may exceed full scale, 1, but not by this much
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
+AUDIO_SUFFIXES |= set(".m4a .aac .wma .webm .mp4 .mka .amr .ape".split())  # not read, but named
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message says what and how to fix it, in one line."""
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Front end: waveform -> normalised log-mel spectrogram
+# ----- Front end: waveform -> normalised log-mel spectrogram -----------------------------------------------
 
 
 def clip_samples(n_frames: int) -> int:
@@ -118,8 +119,7 @@ def spectrogram(waveform: Tensor, n_samples: Tensor, mean: float, std: float) ->
     return ((spec * is_sound[:, :, None] - mean) / (2 * std))[:, None]                      # (B, 1, F, M)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files
+# ----- Files -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def open_audio(path: str | os.PathLike) -> Iterator:
     import soundfile
 
     if not os.path.isfile(path):
-        raise InputError("no such file")
+        raise InputError("a link to nothing" if os.path.islink(path) else "no such file")
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
             if not (1_000 <= file.samplerate <= 768_000 and file.channels <= 64):
@@ -137,14 +137,16 @@ def open_audio(path: str | os.PathLike) -> Iterator:
     except InputError:
         raise
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
-        is_empty = "File does not exist" in str(error)  # libsndfile's words for an mp3 without a frame
-        reason = "it holds no audio" if is_empty else first_line(error)
+        reason = getattr(error, "error_string", first_line(error))  # without the name, as bytes
+        if "File does not exist" in reason or not os.path.getsize(path):  # so it says of an empty mp3
+            reason = "it is empty"
+        elif "not recognised" in reason or "unsupported" in reason:
+            reason = "no audio that libsndfile reads (m4a, aac, wma, webm: convert with ffmpeg)"
         raise InputError(f"unreadable: {reason}") from None
 
 
 def whole_rate(rate: int) -> int:
-    """The rate a file is taken to have: odd ones, whose resampling filter would have gigabytes, become a
-    multiple of 25 Hz (0.1 % off at 11 kHz)."""
+    """An odd rate, whose resampling filter would have gigabytes, to the nearest multiple of 25 Hz."""
     return rate if math.gcd(rate, SAMPLE_RATE) >= 25 else 25 * max(1, round(rate / 25))
 
 
@@ -155,15 +157,6 @@ def resample(waveform: Tensor, rate: int) -> Tensor:
     import torchaudio
 
     return torchaudio.functional.resample(waveform, whole_rate(rate), SAMPLE_RATE)
-
-
-def count_samples(path: str | os.PathLike) -> int:
-    """Samples at 16 kHz, by a file's header. Raises InputError if the file cannot be used."""
-    with open_audio(path) as file:
-        n_samples = file.frames * SAMPLE_RATE // whole_rate(file.samplerate)
-    if not FRAME_LENGTH <= n_samples < MAX_SAMPLES:
-        raise InputError(f"claims {n_samples / SAMPLE_RATE:.3f} s, not from 0.025 s to 37 hours")
-    return n_samples
 
 
 def read_pieces(
@@ -181,21 +174,24 @@ def read_pieces(
             raise InputError(f"claims {file.frames / rate / 3600:.0f} hours: its header is wrong, convert it")
         unit = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)  # the filter's phases repeat after these
         buffer, at = torch.empty(0), max(0, start - FRAME_SHIFT) // unit * unit  # `buffer` begins at `at`
-        if at:
-            file.seek(at * rate // SAMPLE_RATE)
+        if (skipped := at * rate // SAMPLE_RATE) >= file.frames > 0:
+            return
+        file.seek(skipped) if file.seekable() else file.read(skipped)
         while True:
             end = math.ceil((start + width + FRAME_SHIFT) * rate / SAMPLE_RATE)  # a bit more, for the filter
-            n_missing = end - at * rate // SAMPLE_RATE - len(buffer)
-            samples = torch.from_numpy(file.read(n_missing, dtype="float32", always_2d=True))
+            n_missing = min(end, file.frames) - at * rate // SAMPLE_RATE - len(buffer)
+            samples = torch.from_numpy(file.read(max(0, n_missing), dtype="float32", always_2d=True))
             samples = samples.mean(1) if samples.shape[1] > 1 else samples[:, 0]
             buffer = torch.cat([buffer, samples]) if len(buffer) else samples
-            piece = resample(buffer, rate)[start - at :][:width]
+            piece = resample(buffer, rate)[start - at :][:width] if len(buffer) else buffer
             if not len(piece):
                 return
             yield piece
             start += hop
             begin = max(0, start - FRAME_SHIFT) // unit * unit
-            buffer, at = buffer[(begin - at) * rate // SAMPLE_RATE :], begin
+            n_done = (begin - at) * rate // SAMPLE_RATE
+            file.read(min(max(0, n_done - len(buffer)), file.frames), dtype="int16")  # if pieces lie apart
+            buffer, at = buffer[n_done:], begin
 
 
 def load_audio(
@@ -219,7 +215,7 @@ def check_peak(waveform: Tensor, allow_silence: bool) -> None:
     """Raise InputError for what is not audio, or silent."""
     peak = waveform.abs().max().item()
     if not peak <= LOUDEST:
-        raise InputError(f"its samples are not audio: the largest is {peak}")
+        raise InputError(f"its samples reach {peak:.6g}, where full scale is 1: scaled as integers are?")
     if peak < SILENCE and not allow_silence:
         raise InputError("silent")
 
@@ -231,15 +227,19 @@ def first_line(error: Exception) -> str:
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write a text file so that it is there in full or not at all."""
-    with open(f"{path}.tmp", "w", errors="surrogateescape") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    with open(f"{path}.tmp", "wb") as file:
+        file.writelines(os.fsencode(f"{line}\n") for line in lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Data sets
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines that write_lines wrote, whatever bytes they hold; none if there is no file."""
+    return os.fsdecode(Path(path).read_bytes()).split("\n")[:-1] if os.path.exists(path) else []
+
+
+# ----- Data sets -------------------------------------------------------------------------------------------
 
 
 class Manifest:
@@ -257,7 +257,7 @@ class Manifest:
         for number, line in enumerate(text.split(b"\n"), start=2):
             if line.strip():
                 n_samples = (line.split(b"\t") + [b""])[1].rstrip()
-                if not n_samples.isdigit() or int(n_samples) >= MAX_SAMPLES:
+                if not n_samples.isdigit() or len(n_samples) > 10 or int(n_samples) >= MAX_SAMPLES:
                     wanted = "path<TAB>n_samples[<TAB>label,label]"
                     raise InputError(f"{path}, line {number}: expected {wanted}, found {line[:80]!r}")
                 begins.append(at)
@@ -340,8 +340,7 @@ class AudioDataset(Dataset):
         return hashlib.sha256(self.manifest.text.numpy().tobytes()).hexdigest()
 
     def read(self, item: int) -> Tensor:
-        """The waveform of an item, (S,), S <= clip_samples(n_frames). Raises InputError as load_audio
-        does."""
+        """The waveform of an item, (S,), S <= clip_samples(n_frames). Raises InputError, as load_audio."""
         line, start, n_samples = int(self.line[item]), int(self.start[item]), clip_samples(self.n_frames)
         if not self.is_packed:
             return load_audio(self.manifest.path(line), start, n_samples, self.allow_silence)
@@ -349,14 +348,17 @@ class AudioDataset(Dataset):
         pcm = np.fromfile(self.manifest.root, "<i2", n_samples, offset=2 * (int(self.offset[line]) + start))
         if len(pcm) < n_samples:
             raise InputError(f"{self.manifest.root} has changed")
-        return torch.from_numpy(pcm)
+        waveform, gain = torch.from_numpy(pcm), self.manifest.fields(line)[3:4]
+        if gain:  # of clips above full scale
+            check_peak(waveform := to_float(waveform) * float(gain[0]), allow_silence=True)
+        return waveform
 
     def __getitem__(self, item: int) -> Clip:
         problem, stand_in = "", item
-        for _ in range(1000):
+        for _ in range(min(1000, len(self))):
             try:
                 return Clip(self.read(stand_in), stand_in, problem)
-            except (InputError, OSError) as error:
+            except (ValueError, OSError) as error:
                 problem = problem or f"{self.name(item)}\t{first_line(error)}"
             stand_in = int(torch.searchsorted(self.line, self.line[stand_in], right=True)) % len(self)
         raise InputError(f"{problem.expandtabs(1)}, nor can the clips after it. Is the data still there?")
@@ -388,28 +390,7 @@ def open_labelled(
     return Labelled(data, targets, classes)
 
 
-def read_classes(path: str | os.PathLike) -> dict[str, str]:
-    """Label -> name of every class, in the file's order: AudioSet's class_labels_indices.csv, the released
-    label_descriptors.csv (index,label, without header), or a label on each line. Raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [line.rstrip("\r\n") for line in file if line.strip()]
-        rows = list(csv.reader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
-    rows = rows[1:] if rows and rows[0][0] == "index" else rows
-    if not all(len(row) > 1 and row[0].isdecimal() for row in rows):
-        rows = [[line] for line in lines]
-    elif [int(row[0]) for row in rows] != list(range(len(rows))):
-        raise InputError(f"{path}: the indices of the classes do not count from 0")
-    classes = {row[-len(row[1:]) or 0].strip(): row[-1].strip() for row in rows}
-    if not classes or len(classes) < len(rows):
-        raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
-    return classes
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Batches
+# ----- Batches ---------------------------------------------------------------------------------------------
 
 
 def seed_of(purpose: str, *key: int) -> int:
@@ -478,21 +459,31 @@ def collate(clips: list[Clip], n_frames: int) -> Batch:
     return Batch(waveform, n_samples, [clip.item for clip in clips], [clip.problem for clip in clips])
 
 
-def build_loader(data: AudioDataset, batches: Iterable[list[int]], workers: int, **options) -> DataLoader:
-    """Loads the given batches of items in order, read ahead by `workers` processes, one a core at most."""
+def build_loader(
+    data: AudioDataset, batches: Iterable[list[int]], workers: int, timeout: float = 1800, **options
+) -> DataLoader:
+    """Loads batches of items in order, read ahead by `workers` processes, one a core at most. To iterate
+    raises RuntimeError after `timeout` seconds without a batch, or when a process has died."""
     options.setdefault("collate_fn", functools.partial(collate, n_frames=data.n_frames))
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     atexit.register(_end_loaders)
     return DataLoader(
-        data, batch_sampler=batches, num_workers=min(workers, max(1, cores)),
-        prefetch_factor=4 if workers else None, worker_init_fn=_ignore_signals, **options,
+        data, batch_sampler=batches, num_workers=min(workers, max(1, cores)), worker_init_fn=_behave,
+        prefetch_factor=4 if workers else None, timeout=timeout if workers else 0, **options,
     )  # fmt: skip
 
 
-def _ignore_signals(_: int) -> None:
+def _behave(_: int) -> None:
     """Loaders end with their parent; a signal to the whole group must not end them before it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    silence_libraries()
+
+
+def silence_libraries() -> None:
+    """Let only Python write to stderr: libmpg123 warns there of much that is fine, and names no file."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _end_loaders() -> None:

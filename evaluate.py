@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
@@ -31,11 +32,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import AudioDataset, InputError, Labelled, build_loader, open_labelled, read_classes, spectrogram
+from data import AudioDataset, InputError, Labelled, build_loader, first_line, open_labelled, spectrogram
 from model import AudioClassifier, CheckpointError, Encoder, ModelConfig
 
-# -----------------------------------------------------------------------------------------------------------
-# Scripts: settings and processes
+# ----- Scripts: settings and processes ---------------------------------------------------------------------
 
 # What a setting may be: its type, in words, and the test
 Count = Annotated[int, "a whole number above 0", lambda x: 0 < x < 2**62]
@@ -58,11 +58,15 @@ def check_settings(config) -> None:
 
 
 def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
-    """Command line -> config: a flag per field, with its comment as help; presets change defaults."""
+    """Command line -> config, or InputError: a flag a field, its comment as help; presets change defaults."""
+
+    def refuse(message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
     comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag ...]", formatter_class=form, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the flags)\n")
+    parser.error = refuse
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
     for field in dataclasses.fields(cls):
         is_flag = dict(action=argparse.BooleanOptionalAction)
@@ -77,15 +81,20 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
 def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, if it did: (rank, world size, this process's device).
 
-    A process that waits `timeout` minutes for the others fails, and torchrun then ends the job. Between
-    processes, tensors on the CPU travel by gloo, those on a GPU by NCCL.
+    A process that waits `timeout` minutes for the others fails, and torchrun then ends the job.
     """
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and torch.version.cuda and os.path.exists("/dev/nvidia0"):
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+            built = f"this PyTorch is built for CUDA {torch.version.cuda}"
+            raise InputError(f"the GPU's driver is too old, {built} (CUDA_VISIBLE_DEVICES= for the CPU)")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(f"{torch.cuda.device_count()} GPUs here: start no more processes (--nproc_per_node)")
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
+        torch.backends.cudnn.benchmark = True  # shapes are fixed
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has made nan of bf16 (pytorch#196678)
         torch.cuda.set_device(device)
     elif hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: fresh pages cost a tenth of a small update
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep what is freed
@@ -93,15 +102,15 @@ def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
         # torchrun's restarts share a store, and would find the addresses of the dead in it (pytorch#135712)
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        on_gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=device)
+        options = on_gpu if device.type == "cuda" else dict(backend="gloo")
         limit = datetime.timedelta(minutes=min(timeout, 1e6))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit, **options)
     return int(os.environ.get("RANK", 0)), world, device
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model or, among several processes, the DistributedDataParallel around it that averages
-    gradients."""
+    """The model or, among several processes, the DistributedDataParallel that averages its gradients."""
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
@@ -111,35 +120,42 @@ def accumulating(model: nn.Module, is_more_to_come: bool) -> contextlib.Abstract
     return model.no_sync() if is_more_to_come and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def pick_precision(amp: str, device: torch.device) -> str:
-    """What --amp auto means on a device: bf16 or else fp16 on a GPU, fp32 on a CPU."""
-    if amp != "auto" or device.type == "cpu":
-        return amp.replace("auto", "fp32")
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+def pick_precision(amp: str, device: torch.device) -> tuple[str, torch.dtype]:
+    """Name and type of --amp on a device; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."""
+    if amp == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
+    return amp, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[amp]
 
 
 def run_script(main: Callable[[], int]) -> None:
     """Run a script to its exit status; user errors are printed in one line, by one process."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
+    status, line, store = 1, "", dist.distributed_c10d._get_default_store
     try:
-        status, line = main(), ""
+        status = main()
     except KeyboardInterrupt:
-        status, line = 1, "interrupted"
+        line = "interrupted"
     except (InputError, CheckpointError, OSError) as error:  # from a loader process, its words come last
-        status, line = 1, str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-    is_first = int(os.environ.get("RANK", 0)) == 0  # while they are apart, all processes say the same
-    if line and dist.is_initialized():
-        is_first = dist.distributed_c10d._get_default_store().add(f"said: {line}", 1) == 1
-    if line and is_first:
+        line = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+    except RuntimeError as error:
+        if "DataLoader" in str(error):  # it waited too long, or a loader process is dead
+            cure = "more shared memory (docker --ipc=host or --shm-size), or --workers 0"
+            line = f"{first_line(error).rstrip('.')}: try {cure}"
+        elif not (dist.is_initialized() and store().check(["said"])):  # or another process has said why
+            raise
+    is_joined, rank = dist.is_initialized(), os.environ.get("RANK", "0")
+    if line and (store().add("said", 1) == 1 if is_joined else rank == "0"):
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    elif line and not is_joined:
+        time.sleep(10)  # torchrun ends all with the first that ends: let that be the one that speaks
     gc.collect()  # a DistributedDataParallel left over would keep the group's threads beyond Python's end
-    if dist.is_initialized() and not line:
+    if is_joined and not line:
         dist.destroy_process_group()
     sys.exit(status)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Metrics
+# ----- Metrics ---------------------------------------------------------------------------------------------
 
 
 def per_class(metric: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: Tensor) -> Tensor:
@@ -224,8 +240,7 @@ def masked_std(x: Tensor, weight: Tensor) -> float:
     return ((square - total**2 / count) / (count - 1) + 1e-6).sqrt().mean().item()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Predictions
+# ----- Predictions -----------------------------------------------------------------------------------------
 
 
 class Predictions(NamedTuple):
@@ -239,15 +254,13 @@ class Predictions(NamedTuple):
 @torch.no_grad()
 def predict(
     function: Callable[[Tensor], Tensor], data: AudioDataset, config: ModelConfig, device: torch.device,
-    workers: int = 0, batch_size: int = 32,
+    workers: int = 0, batch_size: int = 32, **loading,
 ) -> Predictions:  # fmt: skip
-    """Apply `function`, spectrograms (B, 1, F, M) -> (B, ...), to every item of a data set once.
-
-    Each process takes a stretch of the items, all get all the results. Raises InputError if none can be read.
-    """
+    """Apply `function`, (B, 1, F, M) -> (B, ...), to every item of a data set once: each process to a stretch
+    of them, all get all the results. Raises InputError if none can be read."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = torch.arange(len(data)).tensor_split(world)[rank].split(batch_size)
-    loader = build_loader(data, [batch.tolist() for batch in batches if len(batch)], workers)
+    loader = build_loader(data, [batch.tolist() for batch in batches if len(batch)], workers, **loading)
     values, items, problems = [], [], []
     for batch in tqdm(loader, desc="predict", leave=False, disable=rank > 0 or None):  # None: if no terminal
         waveform, n_samples = batch.waveform.to(device), batch.n_samples.to(device)
@@ -265,17 +278,16 @@ def predict(
 
 
 def score(
-    model: AudioClassifier, test: Labelled, device: torch.device, workers: int = 0
+    model: AudioClassifier, test: Labelled, device: torch.device, workers: int = 0, **loading
 ) -> tuple[dict, Tensor, Predictions]:
     """Metrics of a classifier on a labelled data set: (metrics, average precision (C,), the predictions)."""
-    found = predict(model, test.data, model.config, device, workers)
+    found = predict(model, test.data, model.config, device, workers, **loading)
     if not found.values.isfinite().all():
         raise InputError("the network's scores are not finite: its training has diverged")
     return *summarize_scores(found.values, test.targets[found.items]), found
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Probes: what a frozen encoder knows about labels it was never shown
+# ----- Probes: what a frozen encoder knows about labels it was never shown ---------------------------------
 
 POOLINGS = ("cls_mean", "bands")
 
@@ -295,8 +307,7 @@ def sounding(spec: Tensor) -> Tensor:
 
 
 def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]:
-    """The tokens (B, 1+N, D) after a block, counted from 1 on; 0 is the last. Raises InputError if there is
-    none."""
+    """The tokens (B, 1+N, D) after a block: from 1 on, 0 is the last. Raises InputError if there is none."""
     if not 0 <= block <= encoder.config.depth:
         raise InputError(f"there is no block {block}: the encoder has {encoder.config.depth}")
 
@@ -313,9 +324,11 @@ def pooled(encoder: Encoder, pooling: str = POOLINGS[0], block: int = 0) -> Call
     """What the probes see of a clip after a block, a function for `predict`.
 
     "cls_mean": CLS token and mean patch, (B, 1, F, M) -> (B, 2D); "bands": mean and std over time of the
-    patches in each band, without padding, (B, 2WD).
+    patches in each band, without padding, (B, 2WD). Raises InputError if there is no such block.
     """
     encode = tokens_after(encoder, block)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
 
     def pool(spec: Tensor) -> Tensor:
         tokens, (H, W) = encode(spec), encoder.config.grid(spec.shape[2])       # (B, 1+N, D)
@@ -338,7 +351,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float = 1e-2) -> T
     mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
     x, x_test, y = (x - mean) / std, (x_test - mean) / std, y.float()
     is_single = bool((y.sum(1) == 1).all())
-    weight = torch.zeros(y.shape[1], x.shape[1] + 1, requires_grad=True)
+    weight = torch.zeros(y.shape[1], x.shape[1] + 1, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -372,24 +385,29 @@ def knn_probe(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: fl
 
 def probe(
     function: Callable[[Tensor], Tensor], config: ModelConfig, train: Labelled, test: Labelled,
-    device: torch.device, workers: int = 0,
+    device: torch.device, workers: int = 0, metric: str = "", **loading,
 ) -> dict[str, float]:  # fmt: skip
     """Fit probes to function(spec) (B, D) of one labelled set and score them on another.
 
-    Returns probe_linear and probe_knn: accuracy if every clip of both has one class, else mAP.
+    Returns probe_linear and probe_knn: `metric` or, without one, accuracy if every clip has one class or mAP.
     """
-    found, found_test = (predict(function, part.data, config, device, workers) for part in (train, test))
-    x, y, x_test = found.values, train.targets[found.items], found_test.values
-    y_test = test.targets[found_test.items]
+    common = (config, device, workers)
+    found, found_test = (predict(function, part.data, *common, **loading) for part in (train, test))
+    y, y_test = train.targets[found.items], test.targets[found_test.items]
+    x, x_test = found.values.to(device), found_test.values.to(device)
     if not (x.isfinite().all() and x_test.isfinite().all()):
         raise InputError("the encoder's features are not finite: its training has diverged")
-    metric = "accuracy" if (y.sum(1) == 1).all() and (y_test.sum(1) == 1).all() else "mAP"
-    scores = dict(probe_linear=linear_probe(x, y, x_test), probe_knn=knn_probe(x, y, x_test))
+    n_bad = len(found.problems) + len(found_test.problems)
+    if n_bad and int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"WARNING: {n_bad} labelled clips cannot be used, the probes do without", file=sys.stderr)
+    is_single = (y.sum(1) == 1).all() and (y_test.sum(1) == 1).all()
+    metric = metric or ("accuracy" if is_single else "mAP")
+    fits = dict(probe_linear=linear_probe, probe_knn=knn_probe)
+    scores = {name: fit(x, y.to(device), x_test).cpu() for name, fit in fits.items()}
     return {name: summarize_scores(table, y_test)[0][metric] for name, table in scores.items()}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Command line
+# ----- Command line ----------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -402,21 +420,39 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=0, help="that probes see: from 1 on, 0 = the last")
     parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
     return parser.parse_args(argv)
+
+
+def read_classes(path: str | os.PathLike) -> dict[str, str]:
+    """Label -> name of every class, in the file's order: AudioSet's class_labels_indices.csv, FSD50K's table,
+    the released label_descriptors.csv (index,label, without header), or a label a line. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [line.rstrip("\r\n") for line in file if line.strip()]
+        rows = list(csv.reader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
+    header = [cell.strip() for cell in rows.pop(0)] if rows and rows[0][0].strip() == "index" else ["", "mid"]
+    label = header.index("mid") if "mid" in header else 1
+    name = next((i for i, cell in enumerate(header) if cell in ("display_name", "name")), -1)
+    if not all(len(row) > label and row[0].isdecimal() for row in rows):
+        rows, label = [[line] for line in lines], 0
+    elif [int(row[0]) for row in rows] != list(range(len(rows))):
+        raise InputError(f"{path}: the indices of the classes do not count from 0")
+    classes = {row[label].strip(): row[name].strip() for row in rows}
+    if not classes or len(classes) < len(rows):
+        raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
+    return classes
 
 
 def load_classifier(path: str, classes: str = "") -> AudioClassifier:
     """A classifier; with `classes`, its classes have the names of that file. Raises InputError."""
     model = AudioClassifier.from_pretrained(path)
-    names = read_classes(classes) if classes else model.classes
-    if len(names) != len(model.classes):
-        raise InputError(f"{classes} lists {len(names)} classes, the checkpoint has {len(model.classes)}")
-    if names.keys() == model.classes.keys():
-        names = {label: names[label] for label in model.classes}
-    elif not all(label.startswith("class ") for label in model.classes):  # released weights have no names
-        unknown = next(label for label in model.classes if label not in names)
-        raise InputError(f"{classes} does not list {unknown!r}, a class of the checkpoint")
-    model.classes = names
+    names, own = read_classes(classes) if classes else model.classes, model.classes
+    if len(names) != len(own) or names.keys() != own.keys() and "class 0" not in own:  # released: no labels
+        raise InputError(f"{classes} does not list the {len(own)} classes of {path}, {next(iter(own))} ...")
+    model.classes = {label: names[label] for label in own} if names.keys() == own.keys() else names
     return model
 
 
@@ -431,7 +467,9 @@ def write_classes(path: Path, model: AudioClassifier, counts: Tensor, precision:
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    args, (rank, _, device) = parse_arguments(), init_distributed()
+    args = parse_arguments()
+    rank, _, device = init_distributed(args.timeout)
+    loading = dict(workers=args.workers, timeout=60 * args.timeout)
     if len(args.manifests) > 2:
         raise InputError("give one manifest to score, or two: to fit probes on, and to score them on")
     if len(args.manifests) == 2:
@@ -439,19 +477,21 @@ def main() -> int:
         train = open_labelled(args.manifests[0], encoder.config.clip_frames)
         test = open_labelled(args.manifests[1], encoder.config.clip_frames, train.classes)
         function = pooled(encoder, args.pooling, args.block)
-        result = probe(function, encoder.config, train, test, device, args.workers)
+        result = probe(function, encoder.config, train, test, device, **loading)
     else:
         model = load_classifier(args.checkpoint, args.classes).to(device)
         test = open_labelled(args.manifests[0], model.config.clip_frames, model.classes)
-        result, precision, found = score(model, test, device, args.workers)
-        result |= dict(unreadable=len(found.problems))
-        if rank == 0:
-            for problem in found.problems:
-                print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
-            folder = args.checkpoint if os.path.isdir(args.checkpoint) else "."
-            write_classes(Path(folder, "per_class.csv"), model, test.targets[found.items].sum(0), precision)
+        result, precision, found = score(model, test, device, **loading)
+        short = (test.data.manifest.fields(line)[0] for line in test.data.too_short.tolist())
+        problems = found.problems + [f"{name}\tshorter than a frame" for name in short]
+        result |= dict(unreadable=len(problems))
     if rank == 0:
         print(json.dumps(result))
+    if rank == 0 and len(args.manifests) == 1:
+        for problem in problems:
+            print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
+        folder = args.checkpoint if os.path.isdir(args.checkpoint) else "."
+        write_classes(Path(folder, "per_class.csv"), model, test.targets[found.items].sum(0), precision)
     return 0
 
 

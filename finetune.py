@@ -1,9 +1,8 @@
 """Fine-tune an encoder to classify audio (EAT paper, Sec. 3.4 and Table 4).
 
-    python finetune.py --preset demo                              laptop, after python pretrain.py --preset
-    demo python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes
-    labels.csv torchrun --nproc_per_node=4 finetune.py --preset as2m ...     any preset, on any number of
-    processes
+    python finetune.py --preset demo                              laptop, after pretrain.py --preset demo
+    python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes labels.csv
+    torchrun --nproc_per_node=4 finetune.py --preset as2m ...     any preset, on any number of processes
 
 CKPT is what model.read_pretrained knows, or `scratch`. The run folder `--out_dir` gets what that of
 pretrain.py does, the scores of each evaluation in log.jsonl, and best.pt, the best by `--metric`; the same
@@ -27,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (
-    Batch, ClipSampler, InputError, Labelled, open_labelled, read_classes, seed_of, spectrogram, to_float,
+    Batch, ClipSampler, InputError, Labelled, open_labelled, seed_of, spectrogram, to_float,
 )  # fmt: skip
 from evaluate import (
     Above0, AtLeast0, Below1, Count, Number, UpTo1, Whole, accumulating, check_settings, distribute,
-    parse_config, run_script, score,
+    parse_config, read_classes, run_script, score,
 )  # fmt: skip
 from model import MODELS, AudioClassifier, Encoder
 from pretrain import DEMO, Run, cosine_lr, descend
@@ -84,6 +83,7 @@ class FinetuneConfig:
     workers: Whole = 4  # loader processes per training process, one for each core at most
     log_every: Count = 100  # updates between log lines
     save_every: Count = 1000  # updates between checkpoints
+    save_minutes: Above0 = 10.0  # and minutes at most
     eval_every: Whole = 0  # updates between evaluations, 0 = an epoch
     seed: Whole = 1  # of everything random
 
@@ -117,12 +117,10 @@ PRESETS = {
 }  # fmt: skip
 
 MAY_CHANGE = """data eval_data out_dir init model classes accumulate compile workers log_every save_every
-eval_every
-    max_bad_fraction max_skipped timeout""".split()
+    save_minutes eval_every max_bad_fraction max_skipped timeout""".split()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Augmentation
+# ----- Augmentation ----------------------------------------------------------------------------------------
 
 
 class Draws(NamedTuple):
@@ -162,8 +160,7 @@ def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tenso
 
 
 def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Tensor:
-    """Add uniform noise in [0, noise / 10) and turn each spectrogram by `shift` frames: (B, 1, F, M), same
-    shape.
+    """Add uniform noise in [0, noise / 10) and turn each spectrogram by `shift` frames: (B, 1, F, M).
 
     As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation.
     """
@@ -174,10 +171,10 @@ def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Te
 
 
 def mixup(x: Tensor, weight: float) -> Tensor:
-    """Mix each row with its neighbour, 0 with 1, 2 with 3, ...: (B, ...) -> (B, ...); spectrograms and
-    targets alike.
+    """Mix each row with its neighbour, 0 with 1, 2 with 3, ...: (B, ...) -> (B, ...).
 
-    One weight for the whole batch (utils/mixup.py, mode "batch"). Neighbours are always in one process.
+    Spectrograms and targets alike, one weight for the whole batch (utils/mixup.py, mode "batch"). Neighbours
+    are always in one process.
     """
     return weight * x + (1 - weight) * x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
@@ -232,13 +229,11 @@ def draw_parts(
     return parts
 
 
-# -----------------------------------------------------------------------------------------------------------
-# One update
+# ----- One update ------------------------------------------------------------------------------------------
 
 
 def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
-    """Loss of logits (B, C) for targets (B, C), which may be mixed, summed over clips and classes: fp32
-    scalar.
+    """Loss of logits (B, C) for targets (B, C), which may be mixed, summed over clips and classes: fp32.
 
     (models/EAT_audio_classification.py:410-457)
     """
@@ -303,8 +298,7 @@ def sampling_weights(targets: Tensor) -> Tensor:
     return torch.zeros(len(targets), dtype=torch.float64).index_add_(0, clip, rarity[label])
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Fine-tuning
+# ----- Fine-tuning -----------------------------------------------------------------------------------------
 
 
 def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Labelled, AudioClassifier]:
@@ -365,10 +359,10 @@ def train(config: FinetuneConfig) -> int:
     model, batches = distribute(classifier), run.batches(data, sampler)
 
     def evaluate(step: int) -> None:
-        scores, _, found = score(classifier.eval(), test, run.device, config.workers)
+        scores, _, found = score(classifier.eval(), test, run.device, **run.loading)
         classifier.train()
         run.log(step=step, **scores)
-        run.bad.update(found.problems)
+        run.write("bad_files.tsv", found.problems if run.rank == 0 else [])
         if scores[config.metric] > run.plain["best"]["score"]:
             run.plain["best"] = dict(step=step, score=scores[config.metric])
             run.save("best.pt", step, classifier=classifier)
@@ -378,12 +372,12 @@ def train(config: FinetuneConfig) -> int:
         ends_epoch = step * config.batch_size % sampler.epoch_items < config.batch_size
         if step and (step % config.eval_every == 0 if config.eval_every else ends_epoch):
             evaluate(step)
-        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))
         micro = draw_parts(batches, sampler, targets, config, step, run.device)
+        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))  # now: loaders draw, too
         out = train_step(model, optimizer, run.scaler, micro, step, config, run.amp)
         run.history.append(out)
         step += 1  # from here on: completed updates
-        if run.is_log_step(step):
+        if step == 1 or step % config.log_every == 0 or step == config.updates:
             lr = max(group["lr"] for group in optimizer.param_groups)
             run.log_training(step, epoch=step * config.batch_size / sampler.epoch_items, lr=lr)
     if not run.status:

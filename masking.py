@@ -55,7 +55,8 @@ def inverse_block_mask(
     """
     (H, W), (h, w) = grid, block
     n_visible = count_visible(H * W, mask_ratio) if 0 < mask_ratio < 1 else 0
-    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w))) if 0 < h <= H and 0 < w <= W else 0
+    fits = n_visible > 0 and 0 < h <= H and 0 < w <= W
+    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w))) if fits else 0
     if n_blocks < 1 or not 0 < n_visible < H * W:
         raise ValueError(
             f"a grid of {H} x {W} patches at mask ratio {mask_ratio} has {n_visible} visible and room for "

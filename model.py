@@ -63,12 +63,12 @@ class ModelConfig:
     def __post_init__(self):
         P, sizes = self.patch_size, [getattr(self, f.name) for f in fields(self) if f.type is int]
         for holds, rule in (
-            (all(type(n) is int and 0 < n <= 2**13 for n in sizes) and self.depth <= 256, "sizes that fit"),
+            (P <= self.clip_frames < P * (MAX_PATCH_ROWS + 1), f"{P} to {P * MAX_PATCH_ROWS} clip_frames"),
+            (all(type(n) is int and 0 < n <= 2**14 for n in sizes) and self.depth <= 256, "sizes that fit"),
             (self.width % self.heads == 0 == self.width % 4, "a width that divides by the heads and by 4"),
             (self.width % self.decoder_groups == 0, "a width that divides by decoder_groups"),
-            (self.decoder_kernel % 2 == 1, "an odd decoder_kernel, so that its output aligns"),
+            (self.decoder_kernel % 2 == 1, "an odd decoder_kernel"),
             (self.mel_bins % P == 0 and self.mel_bins <= 32 * P, f"mel bins in at most 32 patches of {P}"),
-            (P <= self.clip_frames < P * (MAX_PATCH_ROWS + 1), f"{P} to {P * MAX_PATCH_ROWS} clip_frames"),
             (0 <= self.drop_path < 1, "a drop_path from 0 to below 1"),
             (abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf, "a finite mean and std"),
         ):
@@ -89,8 +89,7 @@ MODELS = {
 }
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Encoder
+# ----- Encoder ---------------------------------------------------------------------------------------------
 
 
 def sincos_2d(rows: int, cols: int, width: int) -> Tensor:
@@ -103,6 +102,15 @@ def sincos_2d(rows: int, cols: int, width: int) -> Tensor:
     t, f = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")           # (rows, cols)
     f_angle, t_angle = (axis.reshape(-1, 1) * omega for axis in (f, t))                    # (rows*cols, D/4)
     return torch.cat([f_angle.sin(), f_angle.cos(), t_angle.sin(), t_angle.cos()], dim=1)  # (rows*cols, D)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Returns the type of x, with statistics in fp32; autocast alone would make it, and all sums, fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        affine = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, *affine, self.eps)
 
 
 class Attention(nn.Module):
@@ -148,9 +156,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
         super().__init__()
         self.attn = Attention(config.width, config.heads)
-        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.norm1 = LayerNorm(config.width, eps=NORM_EPS)
         self.mlp = MLP(config.width, config.mlp_ratio * config.width)
-        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.norm2 = LayerNorm(config.width, eps=NORM_EPS)
         self.drop_path = drop_path  # in training only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,10 +169,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Vision transformer over spectrogram patches; student and teacher are two of these.
-
-    >>> tokens = Encoder(ModelConfig())(spec)  # spec (B, 1, F, M) -> tokens (B, 1+N, D), CLS first
-    """
+    """Vision transformer over patches: spec (B, 1, F, M) -> tokens (B, 1+N, D), the CLS token first."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -200,14 +205,14 @@ class Encoder(nn.Module):
         if not 1 <= self.config.grid(spec.shape[2])[0] <= MAX_PATCH_ROWS:
             raise ValueError(f"{spec.shape[2]} frames are not 1 to {MAX_PATCH_ROWS} patches")
         x = self.patch_embed(spec).flatten(2).transpose(1, 2)             # (B, N, D)
-        x = x + self.pos_embed[: x.shape[1]]
+        dtype, x = x.dtype, x + self.pos_embed[: x.shape[1]]  # in autocast: its type; fp32 up to the norm
         if ids_keep is not None:
             B, N, D = x.shape
             first = N * torch.arange(B, device=x.device)[:, None]         # (B, 1)
             rows = (first + ids_keep.reshape(B, -1)).flatten()            # (B*C*V,)
             x = x.reshape(B * N, D).index_select(0, rows).view(*ids_keep.shape, D)  # (B*C, V, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D) or (B*C, 1+V, D)
-        return self.norm_pre(x)
+        return self.norm_pre(x).to(dtype)
 
     def forward(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode all patches or the visible ones: (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D), CLS first."""
@@ -233,13 +238,11 @@ class Encoder(nn.Module):
         state = read_pretrained(path)
         if teacher and not state.get("teacher"):
             raise CheckpointError(f"{path} has no teacher: it is not a pre-training checkpoint")
-        if teacher:
-            return rebuild(cls, state, "teacher")
-        return rebuild(cls, state, "student" if "student" in state else "classifier", "encoder.")
+        part = "teacher" if teacher else "student" if "student" in state else "classifier"
+        return rebuild(cls, state, part, "" if teacher else "encoder.")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pre-training: targets, decoder, loss
+# ----- Pre-training: targets, decoder, loss ----------------------------------------------------------------
 
 
 def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
@@ -265,9 +268,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, kernel, groups = config.width, config.decoder_kernel, config.decoder_groups
-        self.blocks = nn.ModuleList(
-            nn.Conv2d(D, D, kernel, padding=kernel // 2, groups=groups) for _ in range(config.decoder_depth)
-        )
+        conv = dict(kernel_size=kernel, padding=kernel // 2, groups=groups)
+        self.blocks = nn.ModuleList(nn.Conv2d(D, D, **conv) for _ in range(config.decoder_depth))
+        self.norm = LayerNorm(D, elementwise_affine=False)
         self.proj = nn.Linear(D, D)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, noise: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -279,7 +282,7 @@ class Decoder(nn.Module):
         x = fill.index_copy(0, rows, tokens.reshape(-1, D)).view(BC, H, W, D)  # (B*C, H, W, D)
         for conv in self.blocks:  # channels stay last in memory: conv and norm read the tensor as it lies
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                # (B*C, H, W, D)
-            x = x + F.gelu(F.layer_norm(y, (D,)))
+            x = x + F.gelu(self.norm(y))
         return self.proj(x.reshape(BC, N, D))                                  # (B*C, N, D)
 
 
@@ -334,8 +337,7 @@ class EAT(nn.Module):
         return rebuild(cls, state, "student"), rebuild(Encoder, state, "teacher")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Classification
+# ----- Classification --------------------------------------------------------------------------------------
 
 
 class AudioClassifier(nn.Module):
@@ -351,12 +353,13 @@ class AudioClassifier(nn.Module):
         norm_eps: float = NORM_EPS,
     ):  # fmt: skip
         super().__init__()
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f'pooling must be "cls" or "mean", not {pooling!r}')
+        are_names = all(isinstance(name, str) for name in (*classes, *classes.values()))
+        if pooling not in ("cls", "mean") or not are_names or not 0 <= norm_eps < math.inf:
+            raise ValueError(f'expected names, an eps, pooling "cls" or "mean": {norm_eps}, {pooling!r}')
         self.head_settings = dict(classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps)
         self.config, self.classes, self.pooling, self.exclusive = config, dict(classes), pooling, exclusive
         self.encoder = Encoder(config)
-        self.fc_norm = nn.LayerNorm(config.width, eps=norm_eps)
+        self.fc_norm = LayerNorm(config.width, eps=norm_eps)
         self.head = nn.Linear(config.width, len(classes))
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -380,9 +383,9 @@ class AudioClassifier(nn.Module):
         return rebuild(cls, state, "classifier")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Checkpoints: dicts of tensors and plain values. `network` has a ModelConfig's fields; the weights are those
-# of `student` (an EAT) and `teacher` (an Encoder), or of a `classifier`, whose other arguments are in `head`
+# ----- Checkpoints -----------------------------------------------------------------------------------------
+# Dicts of tensors and plain values. `network` has a ModelConfig's fields; the weights are those of `student`
+# (an EAT) and `teacher` (an Encoder), or of a `classifier`, whose other arguments are in `head`.
 
 
 class CheckpointError(ValueError):
@@ -390,10 +393,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write a checkpoint, whole or not at all; the last.pt that is replaced becomes previous.pt.
-
-    Raises OSError or RuntimeError if the disk does not take it; what was there is then still there.
-    """
+    """Write a checkpoint, whole or not at all; the last.pt before it becomes previous.pt."""
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -413,7 +413,7 @@ def refusing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever zipfile, pickle and torch make of a stranger's bytes
-        reason = " ".join(str(error).replace("\t", "").split("\n")[:2]).strip() or type(error).__name__
+        reason = " ".join(str(error).replace("\t", "").split("\n")[:2])[:300].strip() or type(error).__name__
         if "weights_only" in reason:  # pickled code, or nonsense: torch.load runs none of it
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {code[1] if code else 'more than tensors'}, which may be malicious"
@@ -425,8 +425,8 @@ def refusing(path: str | os.PathLike) -> Iterator[None]:
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a file of tensors and plain values, on the CPU, without running anything in it.
 
-    Raises CheckpointError if it is missing, damaged or holds more. torch.load does not compare the checksums
-    that the file, a zip archive, has for each tensor; zipfile does.
+    Raises CheckpointError if it is missing, damaged or holds more. zipfile compares the checksums that the
+    file, a zip archive, has for each tensor; torch.load does not.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
@@ -476,13 +476,15 @@ def read_pretrained(path: str | os.PathLike) -> dict:
 
 
 def rebuild(cls: type[nn.Module], state: dict, part: str, prefix: str = "") -> nn.Module:
-    """The network whose weights a checkpoint's `part` holds, behind `prefix`, in eval mode; or
-    CheckpointError."""
+    """The network that a checkpoint's `part` holds, behind `prefix`, in eval mode; or CheckpointError."""
     with refusing(state["path"]):
         weights = {k.removeprefix(prefix): v for k, v in state[part].items() if k.startswith(prefix)}
         settings = state["head"] if part == "classifier" and not prefix else {}
+        config = ModelConfig(**state["network"])
+        if not any(k.endswith("cls_token") and v.shape[-1] == config.width for k, v in weights.items()):
+            raise ValueError("its tensors are not as wide as it claims")
         with torch.device("meta"):  # claimed sizes take no memory before tensors confirm them
-            model = cls(ModelConfig(**state["network"]), **settings)
+            model = cls(config, **settings)
         model.load_state_dict(weights, assign=True)
         if not all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters()):
             raise ValueError("its weights are not finite: its training has diverged")

@@ -6,13 +6,14 @@
 
 The run folder `--out_dir` gets config.json, log.jsonl (a line every `--log_every` updates), bad_files.tsv,
 last.pt and the one before it, previous.pt; the same command started again goes on from there. `step` counts
-completed updates everywhere. All that is random in update `step` is drawn from (seed, step, clip), so that
-the run is the same for any number of processes, parts and workers. Citations such as EAT_pretraining.py:364
-point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
+completed updates. What is random in update `step` is drawn from (seed, step, clip): the run is the same for
+any number of processes, parts and workers. Citations such as EAT_pretraining.py:364 point into the released
+code (github.com/cwx-worst-one/EAT at 06c1c34).
 """
 
 import copy
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -89,6 +90,7 @@ class PretrainConfig:
     workers: Whole = 4  # loader processes per training process, one for each core at most
     log_every: Count = 100  # updates between log lines
     save_every: Count = 1000  # updates between checkpoints
+    save_minutes: Above0 = 10.0  # and minutes at most
     seed: Whole = 1  # of everything random
 
     max_bad_fraction: UpTo1 = 0.05  # stop if more of the clips read than this cannot be used
@@ -122,22 +124,20 @@ PRESETS = {
     "large": dict(model="large", mask_ratio=0.75, mask_adjust=0.1, lr=4e-4, ema_anneal=150_000),
     "demo": dict(
         data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=64, min_samples=1600,
-        mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0,
-        ema_decay=0.99, ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100,
-        workers=1, log_every=50, save_every=100,
-        probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"), probe_every=200,
+        mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0, ema_decay=0.99,
+        ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100, workers=1,
+        log_every=50, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+        probe_every=200,
     ),
 }  # fmt: skip
 
 LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_step returns
+# What may change when a run goes on; all else makes it another experiment. Of `data`, only its place
+MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every save_minutes max_bad_fraction
+    max_skipped stop_on_collapse timeout probe_train probe_test probe_every""".split()
 
-# What may change when a run goes on; all else would make it another experiment. Of `data`, only its place
-MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every probe_train probe_test
-    probe_every max_bad_fraction max_skipped stop_on_collapse timeout""".split()
 
-
-# -----------------------------------------------------------------------------------------------------------
-# One update
+# ----- One update ------------------------------------------------------------------------------------------
 
 
 def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
@@ -222,8 +222,7 @@ def train_step(
     return numbers | dict(pred=out["pred"], targets=targets, mask=mask)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pre-training
+# ----- Pre-training ----------------------------------------------------------------------------------------
 
 
 def open_inputs(config: PretrainConfig) -> tuple[AudioDataset, list[Labelled], EAT, Encoder]:
@@ -263,8 +262,7 @@ def train(config: PretrainConfig) -> int:
     start = run.resume(parts, MAY_CHANGE, data_digest=data.digest())["step"]
     process = (run.rank, run.world, config.accumulate)
     sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *process)
-    n_parameters = sum(p.numel() for p in student.parameters())
-    run.say(f"{config.model}: {n_parameters:,} parameters; {data.source}: {len(data):,} pieces")
+    run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces")
 
     # Speed: compile in place, so that names of parameters stay; average gradients over processes
     if config.compile:
@@ -275,7 +273,7 @@ def train(config: PretrainConfig) -> int:
     def run_probe(step: int) -> None:
         if probe_sets:
             function = pooled(student.encoder)
-            run.log(step=step, **probe(function, config.network, *probe_sets, run.device, config.workers))
+            run.log(step=step, **probe(function, config.network, *probe_sets, run.device, **run.loading))
 
     for step in run.steps(start, network=asdict(config.network)):
         if step == 0 or (config.probe_every and step % config.probe_every == 0):
@@ -284,7 +282,7 @@ def train(config: PretrainConfig) -> int:
         out = train_step(model, teacher, optimizer, run.scaler, micro, step, config, run.amp)
         run.history.append({name: out[name] for name in LOGGED})
         step += 1  # from here on: completed updates
-        if run.is_log_step(step):
+        if step == 1 or step % config.log_every == 0 or step == config.updates:
             times_masked = out["mask"].unflatten(0, (-1, config.clones)).sum(1)  # (B, N)
             target_std = masked_std(out["targets"].flatten(0, 1), times_masked.flatten())
             pred_std = masked_std(out["pred"].flatten(0, 1), out["mask"].flatten())
@@ -293,16 +291,14 @@ def train(config: PretrainConfig) -> int:
                 lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config),
             )  # fmt: skip
             if step > config.warmup and (target_std < 0.1 or pred_std < 0.01):  # the released code's defaults
-                collapse = f"collapse: target_std {target_std:.3f}, pred_std {pred_std:.3f}"
-                run.complain(collapse, stop=config.stop_on_collapse)
+                run.complain("the features have collapsed (see target_std)", stop=config.stop_on_collapse)
     if not run.status:
         run_probe(config.updates)
         run.say(f"done: {config.updates} updates; weights and curves are in {run.out_dir}")
     return run.status
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The frame of a run, for finetune.py too: processes, folder, checkpoints, log, stop. Nothing of EAT below
+# ----- The frame of a run, for finetune.py too: folder, checkpoints, log, stop. Nothing of EAT below -------
 
 
 def descend(
@@ -321,7 +317,7 @@ def descend(
 def trim_log(path: Path, start: int) -> None:
     """Drop the log lines that will be written again, and what was half-written when the run was killed."""
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    records = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+    records = [(line, json.loads(line)) for line in lines if line.endswith("}") and line.rfind("{") == 0]
     write_lines(path, [line for line, r in records if r["step"] < start + ("loss" in r)])  # scores come later
 
 
@@ -336,20 +332,18 @@ class Run:
         if config.batch_size % (self.world * config.accumulate):
             parts = f"{self.world} processes x {config.accumulate} parts (--accumulate)"
             raise InputError(f"--batch_size {config.batch_size} does not divide over {parts}")
-        self.precision = pick_precision(config.amp, self.device)
-        self.amp = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[self.precision]
-        # loss scaling as released: 2^7 at first, doubled after so many good updates (fp16_optimizer.py)
+        self.precision, self.amp = pick_precision(config.amp, self.device)
+        # loss scaling as released: 2^7 at first, doubled after so many good updates
         scaling = dict(init_scale=2.0**7, growth_interval=growth_interval, enabled=self.precision == "fp16")
         self.scaler = torch.amp.GradScaler(self.device.type, **scaling)
+        self.loading = dict(workers=config.workers, timeout=60 * config.timeout)
         self.status, self.reason = 0, ""  # exit status, above 0 to stop; and why
         self.history, self.n_skipped, self.n_read, self.n_bad, self.bad = [], 0, 0, 0, set()
-        self.begun, self.seconds, self.waited = 0.0, 0.0, 0.0  # of training, without evaluations
+        self.begun, self.seconds, self.waited, self.saved = 0.0, 0.0, 0.0, time.monotonic()
 
     def resume(self, parts: dict, may_change: list[str], **digests: str) -> dict:
-        """Open the run folder; give the parts of the run what its newest checkpoint holds. Returns that.
-
-        Raises InputError if the folder is another run's or in use, or if the processes do not agree.
-        """
+        """Open the run folder; give the parts of the run what its newest checkpoint holds. Returns that, or
+        raises InputError if the folder is another run's or in use, or if the processes do not agree."""
         self.parts, self.settings = parts, asdict(self.config) | digests | dict(amp=self.precision)
         shared = [self.open_folder() if self.rank == 0 else None, self.settings]
         if self.world > 1:
@@ -380,15 +374,17 @@ class Run:
         self.lock = open(self.out_dir / "lock", "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is running in {self.out_dir}: wait for it") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(f"another process is running in {self.out_dir}: wait for it") from None
+            self.complain(f"no locks in {self.out_dir}: see that one process runs in it", stop=False)
         return newest_checkpoint(self.out_dir)
 
     def batches(self, data: AudioDataset, sampler: ClipSampler) -> Iterator[Batch]:
         """The sampler's batches; takes note of the time, and of the clips that cannot be used."""
         short = (data.manifest.fields(line)[0] for line in data.too_short.tolist())
         self.bad |= {f"{name}\tshorter than --min_samples {self.config.min_samples}" for name in short}
-        loader = iter(build_loader(data, sampler, self.config.workers, pin_memory=self.device.type == "cuda"))
+        loader = iter(build_loader(data, sampler, pin_memory=self.device.type == "cuda", **self.loading))
         while True:
             begin = time.perf_counter()
             self.begun = self.begun or begin
@@ -400,37 +396,37 @@ class Run:
             yield batch
 
     def steps(self, start: int, **plain) -> Iterator[int]:
-        """The number of completed updates, from `start` on; the body of the loop makes one more.
-
-        After it all processes agree whether to stop, and it is saved, with the values `plain`, if that is
-        due.
-        """
+        """The number of completed updates, from `start` on; the body of the loop makes one more. After it all
+        processes agree whether to stop; it is saved, with the values `plain`, if that is due."""
 
         def on_signal(number: int, _) -> None:
             signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
-            name = signal.Signals(number).name
-            self.status, self.reason = 128 + number, f"stopped by {name}; the same command goes on"
+            self.status = 128 + number
+            self.reason = f"stopped by {signal.Signals(number).name}; the same command goes on"
 
         self.plain, updates, save_every = plain, self.config.updates, self.config.save_every
         if self.rank == 0:
             trim_log(self.out_dir / "log.jsonl", start)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, on_signal) for number in numbers}
-        bar = dict(initial=start, total=updates, disable=self.rank > 0 or None)  # None: only on a terminal
-        for step in tqdm(range(start, updates), **bar):
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, on_signal) for number in signals}
+        agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: unless on a terminal
+        for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
             yield step
             self.seconds, self.begun = self.seconds + time.perf_counter() - self.begun, 0.0
-            status = torch.tensor(self.status)
+            agreed.fill_(self.status)
             if self.world > 1:
-                dist.all_reduce(status, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
-            self.status = int(status)
-            if (step + 1) % save_every == 0 or step + 1 == updates or self.status > 128:
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
+            is_time = time.monotonic() > self.saved + 60 * self.config.save_minutes
+            if is_time or (step + 1) % save_every == 0 or step + 1 == updates or agreed > 128:
                 self.save("last.pt", step + 1)
-            if self.status:
+            if agreed:
                 self.say(f"update {step + 1}: {self.reason or 'another process stops'}", sys.stderr)
                 break
         for number, handler in before.items():
             signal.signal(number, handler)
+        if self.status > 128 and not agreed:  # it came after the last agreement: there is no update to finish
+            signal.raise_signal(self.status - 128)
+        self.status = int(agreed)
 
     def complain(self, problem: str, stop: bool = True) -> None:
         """Warn of a problem or, to `stop`, end the run after this update with exit status 1."""
@@ -448,6 +444,7 @@ class Run:
             return
         state = dict(step=step, settings=self.settings, **self.plain)
         state |= {name: part.state_dict() for name, part in (parts or self.parts).items()}
+        self.saved = time.monotonic()
         try:
             save_checkpoint(self.out_dir / name, **state)
         except (OSError, RuntimeError) as error:
@@ -456,20 +453,17 @@ class Run:
                 raise InputError(f"{problem}, the last checkpoint stands") from None
             self.complain(f"{problem}, the run goes on", stop=False)
 
-    def is_log_step(self, step: int) -> bool:
-        return step == 1 or step % self.config.log_every == 0 or step == self.config.updates
-
     def log_training(self, step: int, **more) -> None:
         """Log the means of `history` over all processes since the last such line; stop a run that is ill."""
         names, c = list(self.history[0]), self.config
         rows = torch.stack([torch.stack([numbers[name] for name in names]) for numbers in self.history])
-        clips = torch.tensor([self.n_bad, self.n_read])
+        clips, bad = torch.tensor([self.n_bad, self.n_read]), [self.bad] * self.world
         if self.world > 1:
-            dist.all_reduce(rows), dist.all_reduce(clips)
+            dist.all_reduce(rows), dist.all_reduce(clips), dist.all_gather_object(bad, self.bad)
         is_good, (n_bad, n_read) = rows.isfinite().all(1), clips.tolist()
         means = (rows[is_good].mean(0) / self.world).tolist() if is_good.any() else [None] * len(names)
         seconds = self.seconds + time.perf_counter() - self.begun
-        self.write("bad_files.tsv", sorted(self.bad))
+        self.write("bad_files.tsv", sorted(set().union(*bad)) if self.rank == 0 else [])
         self.log(
             step=step, **dict(zip(names, means)), **more, skipped=int((~is_good).sum()), bad_clips=n_bad,
             clips_per_s=len(rows) * c.batch_size / seconds, step_ms=1000 * seconds / len(rows),
@@ -480,8 +474,8 @@ class Run:
             if self.n_skipped == c.max_skipped:
                 self.complain(f"{c.max_skipped} updates in a row had no finite gradient (lower --lr)")
         if n_read >= 100 and n_bad / n_read > c.max_bad_fraction:
-            share, listing = f"{n_bad / n_read:.0%}", self.out_dir / "bad_files.tsv"
-            self.complain(f"{share} of the clips cannot be used (--max_bad_fraction): see {listing}")
+            what = f"{n_bad / n_read:.0%} of the clips cannot be used (--max_bad_fraction)"
+            self.complain(f"{what}: see {self.out_dir}/bad_files.tsv")
         self.history, self.bad = [], set()
         self.begun, self.seconds, self.waited = time.perf_counter(), 0.0, 0.0
 
