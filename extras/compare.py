@@ -1,32 +1,33 @@
-"""What is pre-training worth? One table: fine-tuned from a checkpoint and from scratch; probes; the log-mel
-input.
+"""What is pre-training worth? A table: fine-tuned from a checkpoint and from scratch; probes; log-mel input.
 
-    python extras/compare.py --init runs/demo                                    the demo's table
+    python extras/compare.py                                                               the demo's table
     python extras/compare.py --init "runs/pre{seed}" --seeds 3 --data train.tsv --eval_data test.tsv ...
-    python extras/compare.py --preset esc50 --init CKPT --folds 5 --rows tuned \
-        --data "esc50/train{fold}.tsv" --eval_data "esc50/test{fold}.tsv"        cross-validation
+    python extras/compare.py --init CKPT --data "train{fold}.tsv" --eval_data "test{fold}.tsv" ...
 
 Every other flag is one of finetune.py's. With --seeds N everything is done N times, where {seed} in --init
-stands for the seed; with --folds N for each {fold} in --data and --eval_data, counted from 1. The table has
-the mean over folds, and over seeds mean and standard deviation. Started again, it goes on where it stopped.
-Runs, and the table as table.json, are in --out_dir.
+stands for the seed; and for each {fold} of which --data and --eval_data are there. The table has the mean
+over folds, and over seeds mean and standard deviation. Stopped, it stops the fine-tuning at work, which
+saves; started again, it goes on from there. Runs, and the table as table.json, are in --out_dir.
 """
 
 import argparse
 import dataclasses
+import glob
 import json
+import signal
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import InputError, open_labelled, write_lines  # noqa: E402
-from evaluate import init_distributed, mean_and_std, parse_config, pooled, probe, run_script, sounding  # noqa: E402
+from data import InputError, write_lines  # noqa: E402
+from evaluate import (  # noqa: E402
+    init_distributed, mean_and_std, parse_config, pooled, probe, run_script, sounding,
+)  # fmt: skip
 from finetune import PRESETS, FinetuneConfig, open_inputs  # noqa: E402
 from model import MODELS, read_pretrained  # noqa: E402
 
@@ -35,38 +36,44 @@ ROWS = ("tuned", "scratch", "probes")  # what --rows may name
 
 def fine_tune(config: FinetuneConfig) -> float:
     """Score of the last evaluation of a fine-tuning, done or made now."""
-    flags = [f"--{name}={value}" for name, value in vars(config).items() if not isinstance(value, bool)]
-    flags += [f"--{'' if value else 'no-'}{name}" for name, value in vars(config).items() if isinstance(value, bool)]
-    done = subprocess.run([sys.executable, ROOT / "finetune.py", *flags])
-    if done.returncode:  # it has said why
-        sys.exit(done.returncode)
+    settings = vars(config).items()
+    flags = [f"--{name}={value}" for name, value in settings if not isinstance(value, bool)]
+    flags += [f"--{'' if value else 'no-'}{name}" for name, value in settings if isinstance(value, bool)]
+    command = [sys.executable, ROOT / "finetune.py", *flags]
+    process = subprocess.Popen(command, start_new_session=True)  # so that a signal reaches it once: from here
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
+    status = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status:  # it has said why
+        sys.exit(status if status > 0 else 128 - status)
     records = map(json.loads, Path(config.out_dir, "log.jsonl").read_text().splitlines())
     return [record[config.metric] for record in records if config.metric in record][-1]
 
 
 def log_mel_statistics(spec: Tensor) -> Tensor:
-    """The baseline without a network: mean and std over time of each log-mel band, (B, 1, F, M) -> (B,
-    2M)."""
+    """Without a network: mean and std over time of each log-mel band, (B, 1, F, M) -> (B, 2M)."""
     return mean_and_std(spec[:, 0], sounding(spec))
 
 
 def size_of(checkpoint: str) -> str:
     """The row of model.MODELS that a checkpoint's network is. Raises InputError if it is none."""
     network = read_pretrained(checkpoint)["network"]
+    sizes = ("width", "depth", "heads", "mlp_ratio", "patch_size")
     for name, model in MODELS.items():
-        if all(network[key] == getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio", "patch_size")):
+        if all(network[key] == getattr(model, key) for key in sizes):
             return name
     raise InputError(f"{checkpoint} has the size of none of the models {', '.join(MODELS)}")
 
 
 def rows_of(config: FinetuneConfig, rows: list[str]) -> dict[str, float]:
     """The rows of the table for one seed and fold."""
-    _, _, device = init_distributed()
+    (_, _, device), found = init_distributed(), {}
     tuned = dataclasses.replace(config, out_dir=f"{config.out_dir}/pretrained")
-    scratch = dataclasses.replace(
-        config, init="scratch", model=size_of(config.init), out_dir=f"{config.out_dir}/scratch"
-    )
-    found = {}
+    scratch = dataclasses.replace(config, init="scratch", out_dir=f"{config.out_dir}/scratch")
+    if set(rows) != {"tuned"}:
+        scratch = dataclasses.replace(scratch, model=size_of(config.init))
     if "tuned" in rows:
         found["fine-tuned, pre-trained"] = fine_tune(tuned)
     if "scratch" in rows:
@@ -74,44 +81,67 @@ def rows_of(config: FinetuneConfig, rows: list[str]) -> dict[str, float]:
     for name, own in (("pre-trained", tuned), ("random encoder", scratch)) if "probes" in rows else ():
         train, test, model = open_inputs(own)
         encoder = model.to(device).eval().encoder
-        for kind, score in probe(pooled(encoder), model.config, train, test, device).items():
+        data = (model.config, train, test, device, config.workers, config.metric)
+        for kind, score in probe(pooled(encoder), *data).items():
             found[f"{kind.removeprefix('probe_')} probe, {name}"] = score
     if "probes" in rows:
-        for kind, score in probe(log_mel_statistics, model.config, train, test, device).items():
+        for kind, score in probe(log_mel_statistics, *data).items():
             found[f"{kind.removeprefix('probe_')} probe, log-mel"] = score
     return found
+
+
+def find_folds(config: FinetuneConfig) -> list[int]:
+    """The numbers that {fold} stands for: those of the manifests there are. Raises InputError for a gap."""
+    if "{fold}" not in config.data + config.eval_data:
+        return [0]
+    numbers = set()
+    for name in (config.data, config.eval_data):
+        before, _, after = name.partition("{fold}")
+        paths = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
+        middles = [path[len(before) : len(path) - len(after)] for path in paths]
+        numbers |= {int(middle) for middle in middles if middle.isdecimal()}
+    if len(numbers) < 2:
+        raise InputError(f"{config.data}: {{fold}} must stand for two folds at least")
+    return list(range(min(numbers), max(numbers) + 1))
 
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=1, help="do all this with so many seeds, from --seed on")
-    parser.add_argument("--folds", type=int, default=0, help="and for each of so many folds")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what the table has")
     args, rest = parser.parse_known_args()
     config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | PRESETS, rest)
-    if args.seeds < 1 or args.folds < 0:
-        raise InputError("--seeds and --folds count from 1")
-    if ("{fold}" in config.data + config.eval_data) != bool(args.folds):
-        raise InputError("--folds needs {fold} in --data and --eval_data, and the other way round")
-    plan = []
+    if init_distributed()[1] > 1:
+        raise InputError("this needs one process, without torchrun")
+    if config.init == "scratch":
+        raise InputError("--init must be a checkpoint: what is from scratch is set beside it")
+    if args.seeds < 1:
+        raise InputError("--seeds counts from 1")
+    plan, folds = [], find_folds(config)
     for seed in range(config.seed, config.seed + args.seeds):
-        for fold in range(1, args.folds + 1) if args.folds else (0,):
-            names = {name: getattr(config, name).replace("{fold}", str(fold)) for name in ("data", "eval_data")}
-            parts = [f"seed{seed}"] * (args.seeds > 1) + [f"fold{fold}"] * (args.folds > 0)
-            names |= dict(init=config.init.replace("{seed}", str(seed)), out_dir=str(Path(config.out_dir, *parts)))
-            plan.append(dataclasses.replace(config, seed=seed, **names))
-    for own in plan:  # a missing fold or checkpoint is told before the first has run for hours
+        for fold in folds:
+            parts = [f"seed{seed}"] * (args.seeds > 1) + [f"fold{fold}"] * (len(folds) > 1)
+            own = dict(
+                data=config.data.replace("{fold}", str(fold)), init=config.init.replace("{seed}", str(seed)),
+                eval_data=config.eval_data.replace("{fold}", str(fold)), seed=seed,
+                out_dir=str(Path(config.out_dir, *parts)),
+            )  # fmt: skip
+            plan.append(dataclasses.replace(config, **own))
+    for own in plan:  # what is missing is told before the first has run for hours
         open_inputs(own)
+        if set(args.rows) != {"tuned"}:
+            size_of(own.init)
     found = [rows_of(own, args.rows) for own in plan]
-    n_folds, table = max(1, args.folds), {}
+    n_folds, table = len(folds), {}
     for name in found[0]:
         scores = [row[name] for row in found]
-        means = [statistics.mean(scores[i : i + n_folds]) for i in range(0, len(scores), n_folds)]  # one a seed
+        means = [statistics.mean(scores[i : i + n_folds]) for i in range(0, len(scores), n_folds)]  # a seed
         table[name] = scores
         spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
         each = f"  ({' '.join(f'{score:.4f}' for score in scores)})" if len(scores) > 1 else ""
         print(f"{name:32s} {statistics.mean(means):.4f}{spread}{each}")
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     write_lines(Path(config.out_dir, "table.json"), [json.dumps({config.metric: table}, indent=1)])
     return 0
 

@@ -1,7 +1,7 @@
-"""Draw the method in one picture: python assets/draw_method.py writes assets/method.png.
+"""Draw the method in one picture: python extras/draw_method.py writes extras/method.png.
 
-The spectrogram, its masks and the targets Y are real: Y is what an untrained teacher of the small model makes (its
-colour: the first principal component of the vectors). The prediction is a sketch: Y, blurred.
+The spectrogram, its masks and the targets Y are real: Y is what an untrained teacher of the small model makes
+(its colour: the first principal component of the vectors). The prediction is a sketch: Y, blurred.
 """
 
 import sys
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import clip_samples, load_audio, spectrogram  # noqa: E402
 from masking import inverse_block_mask  # noqa: E402
-from model import MODELS, AudioInput, Encoder, make_targets  # noqa: E402
+from model import MODELS, Encoder, make_targets  # noqa: E402
 
 try:
     import matplotlib
@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch, Rectangle  # noqa: E402
 
-WIDTH, HEIGHT, DPI = 1800, 1000, 150  # of the picture in pixels; these are the coordinates below, y points down
+WIDTH, HEIGHT, DPI = 1800, 1000, 150  # in pixels; these are the coordinates below, y points down
 GRID = (64, 8)  # patches in time and frequency
 TEACHER, STUDENT, DECODER, LOSS = "#2b6cb0", "#c05621", "#2f855a", "#b8255f"
 INK, GREY, MASKED = "#1f2933", "#5b6470", "#d5d9df"
@@ -45,15 +45,15 @@ def as_picture(x):
 @torch.no_grad()
 def compute():
     """Spectrogram (M, F), four masks (4, W, H), targets and prediction (W, H), all as pictures."""
-    audio, generator = AudioInput(), torch.Generator().manual_seed(0)
-    n_samples = clip_samples(audio.clip_frames)
-    waveform = load_audio(ROOT / "assets/demo/prompts/000.opus", 0, n_samples)
-    padded = F.pad(waveform, (0, n_samples - len(waveform)))[None]
-    spec = spectrogram(padded, torch.tensor([len(waveform)]), audio.norm_mean, audio.norm_std)  # (1, 1, F, M)
+    config, generator = MODELS["small"], torch.Generator().manual_seed(0)
+    n_samples = clip_samples(config.clip_frames)
+    waveform = load_audio(ROOT / "extras/demo/prompts/000.opus", 0, n_samples)
+    padded, length = F.pad(waveform, (0, n_samples - len(waveform)))[None], torch.tensor([len(waveform)])
+    spec = spectrogram(padded, length, config.norm_mean, config.norm_std)                    # (1, 1, F, M)
     torch.manual_seed(0)
-    targets = make_targets(Encoder(MODELS["small"]).ffn_outputs(spec))[0]                       # (N, D)
-    component = torch.linalg.svd(targets - targets.mean(0), full_matrices=False).U[:, :1].T     # (1, N)
-    targets = as_picture((component / component.std()).sigmoid())                               # (1, W, H)
+    targets = make_targets(Encoder(config).ffn_outputs(spec))[0]                             # (N, D)
+    component = torch.linalg.svd(targets - targets.mean(0), full_matrices=False).U[:, :1].T  # (1, N)
+    targets = as_picture((component / component.std()).sigmoid())                            # (1, W, H)
     prediction = F.avg_pool2d(targets, 3, stride=1, padding=1, count_include_pad=False)
     masks = as_picture(inverse_block_mask(4, GRID, generator=generator))
     return spec[0, 0].T.flip(0), masks, targets[0], prediction[0]
@@ -67,8 +67,8 @@ def write(x, y, text, color=INK, size=10.8, ha="center", **options):
 
 
 def box(x, y, width, height, color, title, text, text_y):
-    shape = "round,pad=0,rounding_size=14"
-    axis.add_patch(FancyBboxPatch((x, y), width, height, shape, facecolor=color + "16", edgecolor=color, linewidth=1.8))
+    style = dict(boxstyle="round,pad=0,rounding_size=14", linewidth=1.8)
+    axis.add_patch(FancyBboxPatch((x, y), width, height, facecolor=color + "16", edgecolor=color, **style))
     write(x + width / 2, y + 28, title, color, 13, weight="bold")
     write(x + width / 2, text_y, text)
 
@@ -152,14 +152,16 @@ def draw(spec, masks, targets, prediction):
     write(1231, 970, "the gradient of the sum (+) updates student and decoder: one AdamW step", LOSS)
     arrow((660, 590), (660, 314), color=TEACHER, linestyle=(0, (5, 3)))
     write(640, 401, "moving average (EMA)\nafter each update:", TEACHER, ha="right")
-    write(640, 476, "teacher ← d · teacher\n+ (1 − d) · student,\nd = ema_decay ≥ 0.9998", TEACHER, ha="right")
-    for i, (x, y, color) in enumerate([(520, 40, TEACHER), (520, 590, STUDENT), (865, 655, DECODER), (745, 970, LOSS)]):
+    text = "teacher ← d · teacher\n+ (1 − d) · student,\nd = ema_decay ≥ 0.9998"
+    write(640, 476, text, TEACHER, ha="right")
+    steps = [(520, 40, TEACHER), (520, 590, STUDENT), (865, 655, DECODER), (745, 970, LOSS)]
+    for number, (x, y, color) in enumerate(steps, start=1):
         axis.plot(x, y, "o", color=color, markersize=15, zorder=4)
-        write(x, y, str(i + 1), "white", 11, weight="bold", zorder=5)
+        write(x, y, str(number), "white", 11, weight="bold", zorder=5)
 
 
 if __name__ == "__main__":
     draw(*compute())
     drawn = BytesIO()
     figure.savefig(drawn)
-    Image.open(drawn).convert("RGB").quantize(256, dither=0).save(ROOT / "assets/method.png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256, dither=0).save(ROOT / "extras/method.png", optimize=True)

@@ -1,15 +1,16 @@
-"""What do files sound like? The likeliest classes, or the features of an encoder; of any length, window by
-window.
+"""What do files sound like? The likeliest classes, or an encoder's features; of any length, window by window.
 
-    python extras/listen.py CKPT clip.mp3 folder/             classes, of a fine-tuned network python
-    extras/listen.py CKPT folder/ --features DIR       a .npz for each file: cls, patches, frames, times
+    python extras/listen.py CKPT clip.mp3 folder/            the likeliest classes, of a fine-tuned network
+    python extras/listen.py CKPT folder/ --features DIR      a .npz for each file: cls, patches, frames, times
 
 CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights.
 """
 
 import argparse
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +22,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
-    FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, SILENCE, Clip, InputError, clip_samples, collate, read_pieces,
-    spectrogram,
+    FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, SILENCE, Clip, InputError, check_peak, clip_samples, collate,
+    read_pieces, spectrogram,
 )  # fmt: skip
 from evaluate import init_distributed, load_classifier, run_script, tokens_after  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
-from prepare import find_audio  # noqa: E402
+from prepare import count_samples, find_audio  # noqa: E402
 
 
 class Window(NamedTuple):
@@ -50,6 +51,7 @@ def hear(
     while not at_end:
         try:
             piece = next(pieces)
+            check_peak(piece, allow_silence=True)
             is_first = not windows and not waiting
             if len(piece) >= (FRAME_LENGTH if is_first else config.patch_size * FRAME_SHIFT):
                 waiting.append(Clip(piece, 0, ""))
@@ -65,6 +67,11 @@ def hear(
             waiting = []
     if all(window.output is None for window in windows):
         return [], problem or ("silent" if windows else "too short")
+    if not problem:
+        try:
+            count_samples(path)
+        except InputError as error:  # it holds more than can be read
+            return windows, str(error)
     return windows, problem and f"{problem} (after {clock(windows[-1].end)})"
 
 
@@ -78,7 +85,8 @@ def clock(seconds: float) -> str:
 def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5) -> dict:
     """The likeliest classes of a file and, if it has several, of its windows, for JSON: file, error, seconds,
     top {name: probability}, windows [{start, end, top}], where top is None in silence."""
-    names = list(model.classes.values())
+    names, count = list(model.classes.values()), Counter(model.classes.values())
+    names = [f"{name} ({label})" if count[name] > 1 else name for label, name in model.classes.items()]
 
     def top(p: np.ndarray | None) -> dict[str, float] | None:
         best = () if p is None else np.argsort(-p, kind="stable")[:top_k]
@@ -129,12 +137,18 @@ def features(
     return arrays | (dict(frames=arrays["patches"].mean(1)) if arrays else {}), problem
 
 
-def write_features(output: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file's features. Raises InputError if the output exists."""
-    if output.exists():
+def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path]:
+    """Where the features of each file go: DIR/name.npz, or of one file the .npz itself. Raises InputError."""
+    if os.path.exists(output):
         raise InputError(f"{output} exists: remove it or choose another name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(output, **arrays)
+    if output.endswith(".npz") and len(files) > 1:
+        raise InputError(f"{output} is for one file: name a folder for the features of {len(files)}")
+    if output.endswith(".npz"):
+        return [Path(output)]
+    names = [path.relative_to(root) for path, root in files]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{twice[0]} is there twice: give the folder above, or one after the other")
+    return [Path(output, f"{name}.npz") for name in names]
 
 
 def main() -> int:
@@ -161,8 +175,8 @@ def main() -> int:
         (path, root if root.is_dir() else path.parent)
         for root in map(Path, args.inputs) for path in (find_audio(root) if root.is_dir() else [root])
     ]  # fmt: skip
-    n_good = 0
-    for path, root in tqdm(files, disable=None if len(files) > 1 else True, leave=False):
+    n_good, places = 0, places_of_features(args.features, files) if args.features else [None] * len(files)
+    for (path, _), place in tqdm([*zip(files, places)], disable=len(files) == 1 or None, leave=False):
         if not args.features:
             record = tag(model, path, device, args.top_k)
             tqdm.write(json.dumps(record) if args.json else in_words(record))
@@ -172,8 +186,8 @@ def main() -> int:
         if problem:
             tqdm.write(f"{path} cannot be used: {problem}", file=sys.stderr)
         if arrays:
-            is_one = args.features.endswith(".npz") and len(files) == 1
-            write_features(Path(args.features, *() if is_one else (f"{path.relative_to(root)}.npz",)), arrays)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(place, **arrays)
             n_good += 1
     if args.features:
         print(f"{args.features}: features of {n_good} files; {len(files) - n_good} cannot be used")

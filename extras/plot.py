@@ -1,14 +1,12 @@
 """Pictures (needs matplotlib).
 
-    python extras/plot.py runs/demo runs/other -o curves.png              curves of runs python
-    extras/plot.py per_class.csv -o classes.png                    what evaluate.py wrote python
-    extras/plot.py clip.wav -o masks.png                           what masks leave of a clip python
-    extras/plot.py clip.wav --checkpoint CKPT -o timeline.png      a classifier's scores over time python
-    extras/plot.py clip.wav --checkpoint CKPT --attention -o attention.png     where the CLS token looks
+    python extras/plot.py runs/demo runs/other -o curves.png                   curves of runs
+    python extras/plot.py clip.wav -o masks.png                                what masks leave of a clip
+    python extras/plot.py clip.wav --checkpoint CKPT -o timeline.png           a classifier's scores over time
+    python extras/plot.py clip.wav --checkpoint CKPT --attention -o cls.png    where the CLS token looks
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -58,14 +56,15 @@ def plot_curves(runs: list[str]):
             raise InputError(f"cannot read {run}/log.jsonl: {error}") from None
     held = {key for log in logs.values() for record in log for key in record}
     panels = [(title, [key for key in keys if key in held]) for title, keys in PANELS if held & set(keys)]
-    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(9, 2.6 * -(-len(panels) // 2)), squeeze=False)
-    lines = {}
+    n_rows, lines = -(-len(panels) // 2), {}
+    figure, axes = plt.subplots(n_rows, 2, figsize=(9, 2.6 * n_rows), squeeze=False)
     for (title, keys), axis in zip(panels, axes.flat):
         for number, (run, log) in enumerate(logs.items()):
             for i, key in enumerate(keys):  # one run: a colour a key; several: a colour a run
                 points = [(r["step"], r[key]) for r in log if r.get(key) is not None]
-                style = dict(linestyle=("-", "--", ":")[i], color=f"C{i if len(runs) == 1 else number}", marker=".")
-                (line,) = axis.plot(*zip(*points) if points else ([], []), **style, label=key if number == 0 else None)
+                style = dict(linestyle=("-", "--", ":")[i], color=f"C{i if len(runs) == 1 else number}")
+                style |= dict(marker=".", label=key if number == 0 else None)
+                (line,) = axis.plot(*zip(*points) if points else ([], []), **style)
                 lines.setdefault(Path(run).name, line)
         axis.set(xlabel="update", ylabel=title)
         axis.set_yscale("log" if title == "loss" else "linear")
@@ -73,7 +72,8 @@ def plot_curves(runs: list[str]):
         for line in legend.get_lines() if len(runs) > 1 else []:
             line.set_color("0.3")
     if len(runs) > 1:
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
+        place = dict(loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
+        figure.legend(lines.values(), lines, **place)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     return figure
@@ -91,29 +91,27 @@ def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float]:
 
 def draw_spectrogram(axis, spec: Tensor, seconds: float):
     axis.set(xlabel="time / s", ylabel="mel band")
-    return axis.imshow(spec[0, 0].T, origin="lower", aspect="auto", extent=(0, seconds, 0, spec.shape[-1]), cmap="magma")
+    extent = (0, seconds, 0, spec.shape[-1])
+    cmap = matplotlib.colormaps["magma"].with_extremes(bad="0.85")  # where it is nan
+    return axis.imshow(spec[0, 0].T.numpy(), origin="lower", aspect="auto", extent=extent, cmap=cmap)
 
 
 def plot_masks(path: str):
-    """A clip's spectrogram as the student sees it: four inverse block masks, four random ones, hidden
-    patches grey."""
+    """A clip as the student sees it: four inverse block masks, four random ones, hidden patches grey."""
     spec, seconds = read_clip(path, ModelConfig())
     grid = (spec.shape[2] // 16, spec.shape[3] // 16)
     generator = torch.Generator().manual_seed(0)
-    block = (5, 5) if grid[0] >= 20 else (2, 2)
-    kinds = {
-        f"inverse block masks of {block[0]} x {block[1]} patches": inverse_block_mask(
-            4, grid=grid, mask_ratio=0.8, block=block, adjust=0.07, generator=generator
-        ),
-        "random masks": inverse_block_mask(4, grid, block=(1, 1), generator=generator),
-    }
+    block = (5, 5) if grid[0] >= 20 else (min(2, grid[0]), 2)
+    blocks = inverse_block_mask(4, grid, block=block, generator=generator)
+    random = inverse_block_mask(4, grid, block=(1, 1), generator=generator)
+    kinds = {f"inverse block masks of {block[0]} x {block[1]} patches": blocks, "random masks": random}
     figure, axes = plt.subplots(5, 2, figsize=(9, 7), sharex=True, sharey=True)
     for column, (title, masks) in enumerate(kinds.items()):
         draw_spectrogram(axes[0, column], spec, seconds)
         axes[0, column].set_title(f"the clip, and what 4 {title} leave", fontsize=9)
         for axis, mask in zip(axes[1:, column], masks):
-            hidden = mask.view(grid).repeat_interleave(16, 0).repeat_interleave(16, 1)        # (F, M)
-            draw_spectrogram(axis, spec.masked_fill(hidden, torch.nan), seconds).cmap.set_bad("0.85")
+            hidden = mask.view(grid).repeat_interleave(16, 0).repeat_interleave(16, 1)  # (F, M)
+            draw_spectrogram(axis, spec.masked_fill(hidden, torch.nan), seconds)
     for axis in axes.flat:
         axis.label_outer()
     return figure
@@ -121,14 +119,14 @@ def plot_masks(path: str):
 
 @torch.no_grad()
 def cls_attention(encoder: Encoder, spec: Tensor) -> Tensor:
-    """How the CLS token of the last block attends to the patches, mean over heads: (1, 1, F, M) -> (H, W)."""
+    """How CLS attends to the patches in the last block, mean over heads: (1, 1, F, M) -> (H, W)."""
     tokens, width = encoder.embed(spec), encoder.config.width
     for block in encoder.blocks[:-1]:
         tokens, _ = block(tokens)
     attention = encoder.blocks[-1].attn
     q, k, _ = attention.qkv(tokens).view(1, -1, 3, attention.heads, width // attention.heads).unbind(2)
     weight = torch.einsum("hd,nhd->hn", q[0, 0], k[0]).mul((width // attention.heads) ** -0.5).softmax(1)
-    return weight[:, 1:].mean(0).view(encoder.config.grid(spec.shape[2]))                     # (H, W)
+    return weight[:, 1:].mean(0).view(encoder.config.grid(spec.shape[2]))  # (H, W)
 
 
 def plot_attention(encoder: Encoder, path: str):
@@ -137,8 +135,8 @@ def plot_attention(encoder: Encoder, path: str):
     weight = cls_attention(encoder, spec)
     figure, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
     figure.colorbar(draw_spectrogram(axes[0], spec, seconds), ax=axes[0], label="normalised log-mel")
-    extent = (0, seconds, 0, spec.shape[-1])
-    image = axes[1].imshow(weight.T * weight.numel(), origin="lower", aspect="auto", extent=extent, cmap="viridis")
+    form = dict(origin="lower", aspect="auto", extent=(0, seconds, 0, spec.shape[-1]), cmap="viridis")
+    image = axes[1].imshow(weight.T.numpy() * weight.numel(), **form)
     axes[1].set(xlabel="time / s", ylabel="mel band")
     figure.colorbar(image, ax=axes[1], label="attention of CLS\n(1 = even)")
     return figure
@@ -146,11 +144,12 @@ def plot_attention(encoder: Encoder, path: str):
 
 def plot_timeline(model: AudioClassifier, path: str, n_classes: int = 10):
     """Probabilities of a file's likeliest classes in each of its windows, 0 in silence."""
-    windows, problem = hear(lambda x: model.probabilities(model(x)), Path(path), model.config, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    windows, problem = hear(lambda spec: model.probabilities(model(spec)), Path(path), model.config, cpu)
     if not windows:
         raise InputError(f"{path} cannot be used: {problem}")
     silence = np.zeros(len(model.classes))
-    scores = np.stack([silence if w.output is None else w.output for w in windows])          # (windows, C)
+    scores = np.stack([silence if w.output is None else w.output for w in windows])  # (windows, C)
     chosen = np.argsort(-scores.max(0), kind="stable")[:n_classes]
     edges = [w.begin for w in windows] + [windows[-1].end]
     figure, axis = plt.subplots(figsize=(9, 1 + 0.28 * len(chosen)))
@@ -163,47 +162,25 @@ def plot_timeline(model: AudioClassifier, path: str, n_classes: int = 10):
     return figure
 
 
-def plot_classes(path: str, n_shown: int = 60):
-    """Average precision of each class of a CSV that evaluate.py wrote, best first; of many, the best and the
-    worst."""
-    try:
-        with open(path, newline="") as file:
-            rows = [(row["name"], float(row["average_precision"]), int(row["clips"])) for row in csv.DictReader(file)]
-        if not rows:
-            raise ValueError("it is empty")
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a table of classes from evaluate.py: {error}") from None
-    rows.sort(key=lambda row: -row[1])
-    mean = np.mean([row[1] for row in rows])
-    shown = rows if len(rows) <= n_shown else rows[: n_shown // 2] + rows[-n_shown // 2 :]
-    figure, axis = plt.subplots(figsize=(7, 1 + 0.18 * len(shown)))
-    axis.barh(range(len(shown)), [row[1] for row in shown], color="C0")
-    axis.set_yticks(range(len(shown)), [f"{name} ({n})" for name, _, n in shown], fontsize=7)
-    axis.axvline(mean, color="0.4", linestyle="--", label=f"mean of all {len(rows)} classes: {mean:.3f}")
-    axis.invert_yaxis()
-    axis.set(xlabel="average precision", ylabel="class (clips)", xlim=(0, 1))
-    axis.legend(frameon=False, loc="lower right")
-    return figure
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", help="run folders, a per-class CSV, or an audio file")
-    parser.add_argument("--checkpoint", default="", help="of an audio file, draw what this network makes of it")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("inputs", nargs="+", help="run folders, or an audio file")
+    parser.add_argument("--checkpoint", default="", help="of a clip, draw what this network makes of it")
     parser.add_argument("--attention", action="store_true", help="where the CLS token looks")
     parser.add_argument("-o", "--output", default="plot.png", help="picture to write")
     args = parser.parse_args()
     first = args.inputs[0]
     if not args.output.lower().endswith((".png", ".jpg", ".pdf", ".svg")) or args.output in args.inputs:
         raise InputError(f"cannot draw into {args.output}: choose a new .png, .jpg, .pdf or .svg")
+    if args.attention and not args.checkpoint:
+        raise InputError("--attention is that of a network: name it with --checkpoint")
     if not os.path.isdir(os.path.dirname(args.output) or "."):
         raise InputError(f"there is no folder {os.path.dirname(args.output)} for the picture")
     if os.path.isdir(first):
         figure = plot_curves(args.inputs)
     elif len(args.inputs) > 1:
         raise InputError("several inputs must be run folders")
-    elif first.endswith(".csv"):
-        figure = plot_classes(first)
     elif not os.path.isfile(first):
         raise InputError(f"no such file or run: {first}")
     elif not args.checkpoint:

@@ -3,8 +3,8 @@
     python extras/released.py CKPT DIR     config.json and model.safetensors (Hugging Face), fairseq.pt
 
 Any checkpoint is a source, own or released; what was read comes out bit for bit. What is read is data:
-nothing in a file is run. The Hugging Face layout, which needs the package safetensors, has no decoder and no
-teacher.
+nothing in a file is run. The Hugging Face layout, which needs the package safetensors, has neither decoder
+nor teacher.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    MAX_PATCH_ROWS, NORM_EPS, CheckpointError, ModelConfig, load_checkpoint, read_pretrained, refusing, sincos_2d,
+    MAX_PATCH_ROWS, NORM_EPS, CheckpointError, ModelConfig, load_checkpoint, read_pretrained, refusing,
+    sincos_2d,
 )  # fmt: skip
 
 # Ours, the fairseq name (of fine-tuned files behind "model."), the Hugging Face name (behind "model.")
@@ -39,7 +40,8 @@ NORMS = {"esc50_eval": (-6.627, 5.359), "spcv2_eval": (-6.846, 5.565)}  # flags 
 # What released files hold beside tensors and plain values, in their settings: read as inert placeholders
 INERT_TYPES = (
     "argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "EAT.data.modality.Modality", "data2vec.data.modality.Modality", "examples.data2vec.data.modality.Modality",
+    "EAT.data.modality.Modality", "data2vec.data.modality.Modality",
+    "examples.data2vec.data.modality.Modality",
 )  # fmt: skip
 
 
@@ -80,7 +82,8 @@ def renamed(weights: dict[str, Tensor], column: int, prefix: str) -> dict[str, T
             theirs = prefix + theirs[column] if theirs[column] else None
             if theirs and (name == theirs or theirs.endswith(".") and name.startswith(theirs)):
                 own = ours + name.removeprefix(theirs)
-                found[own.replace(".0.", ".", 1) if own.startswith("decoder.blocks.") else own] = value.float()
+                own = own.replace(".0.", ".", 1) if own.startswith("decoder.blocks.") else own
+                found[own] = value.float()
                 break
         else:
             head = name.removeprefix("model.")
@@ -104,7 +107,7 @@ def network_of(weights: dict[str, Tensor], **claimed) -> dict:
         conv = weights["decoder.blocks.0.weight"]  # (D, D/groups, kernel, kernel)
         sizes |= dict(decoder_groups=width // conv.shape[1], decoder_kernel=conv.shape[2])
         sizes |= dict(decoder_depth=sum(bool(re.match(r"decoder\.blocks\.\d+\.weight", k)) for k in weights))
-    return asdict(ModelConfig(**sizes, **claimed))
+    return asdict(ModelConfig(**claimed | sizes))
 
 
 def name_classes(labels: list[str], weights: dict[str, Tensor]) -> dict[str, str]:
@@ -122,9 +125,12 @@ def from_fairseq(state: dict) -> dict:
     frames = cfg["model"]["target_length"] if is_tuned else model["modalities"]["image"]["target_length"]
     mean, std = next((NORMS[flag] for flag in NORMS if flags.get(flag)), (-4.268, 4.569))
     claimed = dict(heads=model["num_heads"], clip_frames=frames, norm_mean=mean, norm_std=std)
+    decoder = model["modalities"]["image"]["decoder"]  # of a fine-tuned file, only these settings are left
+    claimed |= {f"decoder_{name}": decoder[f"decoder_{name}"] for name in ("kernel", "groups")}
+    claimed |= dict(decoder_depth=decoder["decoder_layers"])
     network = network_of(weights, **claimed | state.get("input", {}))
     if not is_tuned:
-        teacher = renamed(state["model"]["_ema"], 0, "")
+        teacher = renamed(state["model"]["_ema"], 0, "") if "_ema" in state["model"] else {}
         teacher = {name.removeprefix("encoder."): value for name, value in teacher.items()}
         return dict(network=network, student=weights, teacher=teacher)
     labels = (state.get("task_state") or {}).get("labels") or {}
@@ -139,7 +145,8 @@ def from_hugging_face(path: Path) -> dict:
     try:
         from safetensors import safe_open
     except ImportError:
-        raise CheckpointError("Hugging Face folders need the package safetensors: pip install safetensors") from None
+        need = "Hugging Face folders need the package safetensors: pip install safetensors"
+        raise CheckpointError(need) from None
     config = json.loads(path.with_name("config.json").read_text())
     with safe_open(path, "pt") as file:
         weights = renamed({name: file.get_tensor(name) for name in file.keys()}, 1, "model.")
@@ -187,17 +194,19 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not an empty folder: choose another")
     folder.mkdir(parents=True, exist_ok=True)
-    ours = dict(input={k: n[k] for k in ("clip_frames", "norm_mean", "norm_std")}) | (dict(head=head) if head else {})
+    ours = dict(input={k: n[k] for k in ("clip_frames", "norm_mean", "norm_std")})
+    ours |= dict(head=head) if head else {}
     weights, classes = state["classifier"] if head else state["student"], head["classes"] if head else {}
 
     encoder = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
     metadata = dict(format="pt", eat=json.dumps(ours))
     save_file(released(encoder, 1, "model."), folder / "model.safetensors", metadata=metadata)
     config = dict(
-        model_type="eat", architectures=["EATModel"], embed_dim=n["width"], depth=n["depth"], num_heads=n["heads"],
-        patch_size=n["patch_size"], stride=n["patch_size"], in_chans=1, mel_bins=n["mel_bins"],
-        max_length=MAX_PATCH_ROWS, num_classes=len(classes) or 527, model_variant="finetune" if head else "pretrain",
-        mlp_ratio=float(n["mlp_ratio"]), qkv_bias=True, drop_rate=0.0, attn_drop_rate=0.0, activation_dropout=0.0,
+        model_type="eat", architectures=["EATModel"], embed_dim=n["width"], depth=n["depth"],
+        num_heads=n["heads"], patch_size=n["patch_size"], stride=n["patch_size"], in_chans=1,
+        mel_bins=n["mel_bins"], max_length=MAX_PATCH_ROWS, num_classes=len(classes) or 527,
+        model_variant="finetune" if head else "pretrain", mlp_ratio=float(n["mlp_ratio"]), qkv_bias=True,
+        drop_rate=0.0, attn_drop_rate=0.0, activation_dropout=0.0,
         post_mlp_drop=0.0, start_drop_path_rate=0.0, end_drop_path_rate=0.0, layer_norm_first=False,
         norm_eps=NORM_EPS, norm_affine=True, fixed_positions=True, img_size=[n["clip_frames"], n["mel_bins"]],
     )  # fmt: skip
@@ -238,8 +247,9 @@ def fairseq_settings(n: dict, classes: dict) -> dict:
     if not classes:
         return dict(model=model, task=task)
     tuned = dict(
-        _name="mae_image_classification", num_classes=len(classes), prediction_mode="CLS_TOKEN", audio_mae=True,
-        target_length=n["clip_frames"], use_fc_norm=True, pretrained_model_args=dict(model=model, task=task),
+        _name="mae_image_classification", num_classes=len(classes), prediction_mode="CLS_TOKEN",
+        audio_mae=True, target_length=n["clip_frames"], use_fc_norm=True,
+        pretrained_model_args=dict(model=model, task=task),
     )  # fmt: skip
     return dict(model=tuned, task=dict(task, _name="mae_image_classification", key="imgs"))
 

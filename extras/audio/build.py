@@ -1,13 +1,14 @@
 """Makes the reference audio: clips cut from sounds in Debian 12 packages, and their manifests.
 
     pip install soxr "soundfile>=0.13"                   # beside the project's own requirements
-    python assets/audio/build.py OUT                     # every set; some: --sets drums mandarin
-    python assets/audio/build.py OUT --from FOLDER       # manifests only, for clips that are already in FOLDER
+    python extras/audio/build.py OUT                     # every set; some: --sets drums mandarin
+    python extras/audio/build.py OUT --from FOLDER       # manifests only, for clips that FOLDER has already
     python pretrain.py --data OUT/pretrain.tsv
 
-Downloads with Debian's apt-get and unpacks with dpkg-deb: nothing is installed and no root is needed. ffmpeg is used
-for 76 clips of pretrain and events, fluidsynth for 328 of drums. Clips that are there already are not made again: a run
-that was interrupted goes on where it stopped. README.md explains the tables beside this file, which name the sources.
+Downloads with Debian's apt-get and unpacks with dpkg-deb: nothing is installed and no root is needed. ffmpeg
+is used for 76 clips of pretrain and events, fluidsynth for 328 of drums. Clips that are there already are not
+made again: a run that was interrupted goes on where it stopped. README.md explains the tables beside this
+file, which name the sources.
 """
 
 import argparse
@@ -33,8 +34,8 @@ FADE = 80  # samples over which a sound fades in and out: 5 ms
 GAP = np.zeros(2_400, np.float32)  # between the sounds of one clip: 0.15 s
 
 NOTE_SECONDS = 2.4  # from note to note
-# Percussion keys of General MIDI in the order in which they are played. The order matters: what a synthesizer has
-# played before changes the next note's waveform a little.
+# Percussion keys of General MIDI in the order in which they are played. The order matters: what a synthesizer
+# has played before changes the next note's waveform a little.
 KEYS = [35, 36, 37, 38, 40, 39, 41, 43, 45, 47, 48, 50, 42, 46, 49, 57, 52, 55, 51, 59, 53, 54, 56, 67, 68]
 KEYS += [60, 61, 62, 63, 64, 69, 70, 82, 75, 76, 77]
 
@@ -84,14 +85,15 @@ def resample(sound: np.ndarray, rate: int) -> np.ndarray:
 
 
 def read(path: Path, at: str, seconds: float) -> np.ndarray:
-    """A sound, mono at 16 kHz: the file; or `seconds` of it from frame `at` on; or the note `at` of a SoundFont."""
+    """A sound, mono at 16 kHz: the file, `seconds` of it from frame `at` on, or a SoundFont's note `at`."""
     if path.suffix in (".sf2", ".sf3"):
         program, note = at.split(",", 1)
         return resample(*play(path, int(program))[note])
     if path.suffix == ".pat":
         return read_patch(path)
     if path.suffix == ".g722":
-        pcm = run("ffmpeg", "-v", "error", "-f", "g722", "-i", path, "-f", "f32le", "-ac", "1", "-ar", "16000", "-")
+        form = ("-f", "f32le", "-ac", "1", "-ar", "16000", "-")
+        pcm = run("ffmpeg", "-v", "error", "-f", "g722", "-i", path, *form)
         sound = np.frombuffer(pcm, np.float32)
         return sound[int(at) :][: int(seconds * SAMPLE_RATE)] if at else sound
     with sf.SoundFile(path) as file:
@@ -117,7 +119,7 @@ def play(font: Path, program: int) -> dict[str, tuple[np.ndarray, int]]:
     else:  # General MIDI has its drums on channel 9; program 40 is the brush kit, whose snares are left out
         channel, notes = 9, [(key, 110) for key in KEYS if program != 40 or key not in (38, 40)]
     events = bytes([0, 0xC0 | channel, program])
-    for key, velocity in notes:  # key down; after 1152 ticks, half of NOTE_SECONDS, key up; after as much, all silent
+    for key, velocity in notes:  # key down; 1152 ticks, half of NOTE_SECONDS, later up; then as long silence
         events += bytes([0, 0x90 | channel, key, velocity, 0x89, 0, 0x80 | channel, key, 0])
         events += bytes([0x89, 0, 0xB0 | channel, 120, 0])
     events += bytes([0x87, 0x40, 0xFF, 0x2F, 0])
@@ -155,7 +157,7 @@ def make(clip: Clip, folder: Path, target: Path) -> None:
 
 
 def build_package(package: str, folder: str, clips: list[Clip], out: Path, cache: Path, bar: tqdm) -> None:
-    """Makes clips of one package, downloaded unless the cache has it. What cannot be made is printed and left out."""
+    """Makes clips of one package, downloaded unless cached. What cannot be made is printed and left out."""
     problems = Counter()
     with tempfile.TemporaryDirectory(dir=cache) as unpacked:
         try:
@@ -189,7 +191,7 @@ def length(path: Path) -> str:
 
 
 def write_manifests(name: str, clips: list[Clip], out: Path, root: str) -> None:
-    """OUT/SET.tsv, or OUT/SET_train.tsv and OUT/SET_test.tsv, and OUT/SET_train1.tsv ... where there are folds."""
+    """OUT/SET.tsv, or OUT/SET_train.tsv and OUT/SET_test.tsv; with folds OUT/SET_train1.tsv and so on too."""
     lists = defaultdict(list)
     for clip in clips:
         line = "\t".join([f"{name}/{clip.path}", clip.n_samples, clip.label]).rstrip("\t")
@@ -201,10 +203,12 @@ def write_manifests(name: str, clips: list[Clip], out: Path, root: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("out", type=Path, help="folder for clips and manifests")
     parser.add_argument("--sets", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--from", type=Path, dest="existing", metavar="FOLDER", help="has the clips: manifests only")
+    manifests_only = dict(dest="existing", metavar="FOLDER", help="has the clips: manifests only")
+    parser.add_argument("--from", type=Path, **manifests_only)
     parser.add_argument("--cache", type=Path, help="folder for the downloaded packages; default OUT/packages")
     parser.add_argument("--workers", type=int, default=2, help="packages at a time")
     args = parser.parse_args()
@@ -219,8 +223,9 @@ def main() -> None:
         folders = {package: folder for package, _, folder, _ in read_table("packages")}
         cache.mkdir(parents=True, exist_ok=True)
         (args.out / "licences").mkdir(exist_ok=True)
-        with tqdm(total=sum(map(len, todo.values())), unit="clip") as bar, ThreadPool(args.workers) as pool:
-            jobs = [(package, folders[package], clips, args.out, cache, bar) for package, clips in todo.items()]
+        n_clips = sum(map(len, todo.values()))
+        with tqdm(total=n_clips, unit="clip") as bar, ThreadPool(args.workers) as pool:
+            jobs = [(name, folders[name], clips, args.out, cache, bar) for name, clips in todo.items()]
             pool.starmap(build_package, jobs, chunksize=1)
     for name, clips in sets.items():
         lengths = {clip: length(root / name / clip.path) for clip in clips}

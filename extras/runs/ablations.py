@@ -1,11 +1,12 @@
 """The ablations: short runs that differ in one setting, two seeds of each, probed on three tasks.
 
-    python assets/audio/build.py OUT                                what they train on
-    python assets/runs/ablations.py OUT runs/ablations              28 runs of 5 minutes on one core, and 4 fine-tunings
-    python assets/runs/ablations.py OUT runs/ablations --seeds 1    one seed only, to share the work between cores
+    python extras/audio/build.py OUT                              what they train on
+    python extras/runs/ablations.py OUT runs/ablations            28 runs of 5 minutes a core, 4 fine-tunings
+    python extras/runs/ablations.py OUT runs/ablations --seeds 1  one seed, to share the work between cores
 
-Writes tables (ablations.json, tables.md) and a picture (ablations.png) of the seeds there are into the folder of the
-runs. Started again, it goes on where it stopped.
+Writes tables (ablations.json, tables.md) and a picture (ablations.png) of the seeds there are into the folder
+of the runs. Started again, it goes on where it stopped. (The logs kept beside this file call random masks
+mask_random; they were a setting of their own then.)
 """
 
 import argparse
@@ -21,18 +22,21 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras")]
 
 from bench import update_flops  # noqa: E402
 
-from evaluate import knn_probe, linear_probe, open_labelled, pooled_layers, predict, pyplot  # noqa: E402
-from model import EAT, AudioInput, Encoder  # noqa: E402
+from data import open_labelled  # noqa: E402
+from evaluate import accuracy, knn_probe, linear_probe, pooled, predict  # noqa: E402
+from model import EAT, Encoder  # noqa: E402
+from plot import plt  # noqa: E402
 from pretrain import PRESETS, PretrainConfig  # noqa: E402
 
 TASKS = ("drums", "mandarin", "events")
 SCHEDULE = dict(updates=600, warmup=90, ema_decay=0.996, ema_decay_end=0.9998, ema_anneal=600)
 SHORT = dict(SCHEDULE, clip_frames=64)  # 4 x 8 patches of 0.64 s: 32 clips x 8 clones, as the demo
-LONG = dict(SCHEDULE, clip_frames=256, batch_size=16, clones=4)  # 16 x 8 patches of 2.56 s, where large blocks fit
+LONG = dict(SCHEDULE, clip_frames=256, batch_size=16, clones=4)  # 16 x 8 patches of 2.56 s: room for blocks
+RANDOM = dict(mask_block_time=1, mask_block_freq=1)
 
 
 def same_flops(clones: int) -> int:
@@ -53,7 +57,7 @@ AXES = {
         "192 (paper's 1)": SHORT | dict(utterance_weight=192.0),
     },
     "visible blocks": {
-        "random, 1 x 1": LONG | dict(mask="random"),
+        "random, 1 x 1": LONG | RANDOM,
         "2 x 2": LONG | dict(mask_block_time=2, mask_block_freq=2),
         "3 x 3": LONG | dict(mask_block_time=3, mask_block_freq=3),
         "5 x 5": LONG | dict(mask_block_time=5, mask_block_freq=5),
@@ -66,7 +70,7 @@ AXES = {
     },
     "teacher's blocks": {"last": SHORT | dict(target_layers=1), "all": SHORT},
 }
-POOLINGS = {"CLS": "linear, CLS", "mean patch": "linear, mean", "both": "linear"}  # what the probe sees of a run
+SEEN = {"CLS": "linear, CLS", "mean patch": "linear, mean", "both": "linear"}  # what the probe sees of a run
 
 
 def name_of(settings: dict, seed: int) -> str:
@@ -80,29 +84,28 @@ def train(settings: dict, seed: int, audio: Path, out_dir: Path) -> None:
     """Pre-train, or go on with it."""
     flags = settings | dict(
         data=audio / "pretrain.tsv", seed=seed, out_dir=out_dir, probe_every=150,
-        probe_manifest=audio / "drums_train.tsv", probe_test=audio / "drums_test.tsv",
+        probe_train=audio / "drums_train.tsv", probe_test=audio / "drums_test.tsv",
     )  # fmt: skip
     words = [f"--{name}={value}" for name, value in flags.items()]
     subprocess.run([sys.executable, ROOT / "pretrain.py", "--preset", "demo", *words], check=True)
 
 
-def probes(encoder: Encoder, audio_input: AudioInput, audio: Path) -> dict[str, dict[str, float]]:
-    """Accuracy of probes of an encoder on each task: of CLS token and mean patch together, and of either alone."""
-    found, width, pool = {}, encoder.config.width, pooled_layers(encoder, "last")
+def probes(encoder: Encoder, audio: Path) -> dict[str, dict[str, float]]:
+    """Accuracy of probes of an encoder on each task: of CLS token and mean patch, and of either alone."""
+    config, cpu, found = encoder.config, torch.device("cpu"), {}
     for task in TASKS:
-        train = open_labelled(str(audio / f"{task}_train.tsv"), audio_input)
-        test = open_labelled(str(audio / f"{task}_test.tsv"), audio_input, train.classes)
-        x, x_test = (predict(pool, some.dataset, audio_input, torch.device("cpu")) for some in (train, test))
+        train = open_labelled(str(audio / f"{task}_train.tsv"), config.clip_frames)
+        test = open_labelled(str(audio / f"{task}_test.tsv"), config.clip_frames, train.classes)
+        x, x_test = (predict(pooled(encoder), some.data, config, cpu) for some in (train, test))
         y, y_test = train.targets[x.items], test.targets[x_test.items]
-        x, x_test = x.values, x_test.values                                                   # (n, 1, 2D): CLS, mean
+        x, x_test, width = x.values, x_test.values, config.width  # (n, 2D): CLS, mean
         scores = {
             "linear": linear_probe(x, y, x_test),
-            "linear, CLS": linear_probe(x[..., :width], y, x_test[..., :width]),
-            "linear, mean": linear_probe(x[..., width:], y, x_test[..., width:]),
+            "linear, CLS": linear_probe(x[:, :width], y, x_test[:, :width]),
+            "linear, mean": linear_probe(x[:, width:], y, x_test[:, width:]),
             "knn": knn_probe(x, y, x_test),
         }
-        right = {name: y_test.gather(1, some.argmax(1, keepdim=True)) for name, some in scores.items()}
-        found[task] = {name: some.double().mean().item() for name, some in right.items()}
+        found[task] = {name: accuracy(some, y_test) for name, some in scores.items()}
     return found
 
 
@@ -121,8 +124,7 @@ def trained(settings: dict, seed: int, audio: Path, runs: Path) -> dict:
 
     def make():
         train(settings, seed, audio, out_dir)
-        encoder = Encoder.from_pretrained(out_dir)
-        return probes(encoder, encoder.audio, audio)
+        return probes(Encoder.from_pretrained(out_dir), audio)
 
     found = kept(out_dir / "probes.json", make)
     log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
@@ -134,20 +136,20 @@ def untrained(settings: dict, seed: int, audio: Path, runs: Path) -> dict:
     config = PretrainConfig(**PRESETS["demo"] | settings)
     torch.manual_seed(seed)
     encoder = EAT(config.network).encoder.eval()
-    return kept(runs / f"random-{name_of(settings, seed)}.json", lambda: probes(encoder, config.audio, audio))
+    return kept(runs / f"random-{name_of(settings, seed)}.json", lambda: probes(encoder, audio))
 
 
 def finetuned(pooling: str, seed: int, audio: Path, runs: Path) -> float:
     """Accuracy on mandarin after fine-tuning the short run with this pooling."""
     out_dir = runs / f"mandarin-{pooling}-seed{seed}"
     flags = dict(
-        data=audio / "mandarin_train.tsv", eval_data=audio / "mandarin_test.tsv", init=runs / name_of(SHORT, seed),
-        pooling=pooling, seed=seed, out_dir=out_dir,
+        data=audio / "mandarin_train.tsv", eval_data=audio / "mandarin_test.tsv", pooling=pooling,
+        init=runs / name_of(SHORT, seed), seed=seed, out_dir=out_dir,
     )  # fmt: skip
 
     def make():
         words = [f"--{name}={value}" for name, value in flags.items()]
-        subprocess.run([sys.executable, ROOT / "finetune.py", "--preset", "demo", "--no-compare", *words], check=True)
+        subprocess.run([sys.executable, ROOT / "finetune.py", "--preset", "demo", *words], check=True)
         return json.loads((out_dir / "log.jsonl").read_text().splitlines()[-1])["accuracy"]
 
     return kept(runs / f"{out_dir.name}.json", make)
@@ -162,23 +164,26 @@ def table(axis: str, rows: dict[str, list[dict]]) -> list[str]:
     """The linear probe of every row on every task, as Markdown."""
     lines = [f"| {axis} | {' | '.join(TASKS)} |", "|---" * (1 + len(TASKS)) + "|"]
     for name, found in rows.items():
-        lines.append(f"| {name} | {' | '.join(cell([run[task]['linear'] for run in found]) for task in TASKS)} |")
+        cells = (cell([run[task]["linear"] for run in found]) for task in TASKS)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def draw(tables: dict[str, dict[str, list[dict]]]):
-    """A panel for each axis: the linear probe of each seed, the mean of the seeds, and the untrained network."""
-    plt = pyplot()
+    """A panel for each axis: the linear probe of each seed, their mean, and the untrained network."""
     figure, axes = plt.subplots(1, len(tables), figsize=(12, 3.6), sharey=True, width_ratios=[5, 6, 4, 2])
     for axis, (title, rows) in zip(axes, tables.items()):
         names = [name for name in rows if name != "untrained"]
         for i, task in enumerate(TASKS):
             scores = [[run[task]["linear"] for run in rows[name]] for name in names]
-            axis.plot(range(len(names)), [statistics.mean(some) for some in scores], color=f"C{i}", label=task)
+            means = [statistics.mean(some) for some in scores]
+            axis.plot(range(len(names)), means, color=f"C{i}", label=task)
             for at, some in enumerate(scores):
                 axis.plot([at] * len(some), some, ".", color=f"C{i}")
-            axis.axhline(statistics.mean(run[task]["linear"] for run in rows["untrained"]), color=f"C{i}", ls=":", lw=1)
-        axis.set_xticks(range(len(names)), [name.replace(" (", "\n(") for name in names], fontsize=7, rotation=30)
+            untrained = statistics.mean(run[task]["linear"] for run in rows["untrained"])
+            axis.axhline(untrained, color=f"C{i}", ls=":", lw=1)
+        names = [name.replace(" (", "\n(") for name in names]
+        axis.set_xticks(range(len(names)), names, fontsize=7, rotation=30)
         axis.set_title(title, fontsize=9)
     axes[0].set_ylabel("accuracy of the linear probe\n(dotted: untrained)")
     axes[0].legend(frameon=False, fontsize=7)
@@ -186,23 +191,24 @@ def draw(tables: dict[str, dict[str, list[dict]]]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("audio", type=Path, help="what assets/audio/build.py made")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("audio", type=Path, help="what extras/audio/build.py made")
     parser.add_argument("runs", type=Path, help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
-    where = (args.audio.resolve(), args.runs)
-    tables = {}
+    where, seeds, tables = (args.audio.resolve(), args.runs), args.seeds, {}
     for axis, values in AXES.items():
-        tables[axis] = {name: [trained(some, seed, *where) for seed in args.seeds] for name, some in values.items()}
-        base = LONG if LONG | dict(mask="random") in values.values() else SHORT
-        tables[axis]["untrained"] = [untrained(base, seed, *where) for seed in args.seeds]
-    tuned = {pooling: [finetuned(pooling, seed, *where) for seed in args.seeds] for pooling in ("cls", "mean")}
+        rows = {name: [trained(some, seed, *where) for seed in seeds] for name, some in values.items()}
+        base = LONG if LONG | RANDOM in values.values() else SHORT
+        tables[axis] = rows | dict(untrained=[untrained(base, seed, *where) for seed in seeds])
+    tuned = {pooling: [finetuned(pooling, seed, *where) for seed in seeds] for pooling in ("cls", "mean")}
 
     lines = [line for axis, rows in tables.items() for line in [*table(axis, rows), ""]]
-    runs = tables["utterance weight"]["1"]
-    pooled = {name: [{t: {"linear": run[t][probe]} for t in TASKS} for run in runs] for name, probe in POOLINGS.items()}
-    lines += [*table("what the probe sees", pooled), "", "fine-tuned on mandarin: "]
+    runs, seen = tables["utterance weight"]["1"], {}
+    for name, probe in SEEN.items():
+        seen[name] = [{task: {"linear": run[task][probe]} for task in TASKS} for run in runs]
+    lines += [*table("what the probe sees", seen), "", "fine-tuned on mandarin: "]
     lines[-1] += ", ".join(f"{name} {cell(scores)}" for name, scores in tuned.items())
     (args.runs / "tables.md").write_text("\n".join(lines) + "\n")
     (args.runs / "ablations.json").write_text(json.dumps(dict(tables, fine_tuned=tuned), indent=1) + "\n")
