@@ -1,12 +1,13 @@
 """How fast is it here? Prints a table; run by hand:
 
-    python tests/bench.py                                       base preset, one clip, and the loader: 10 minutes
+    python tests/bench.py                                       base, one clip, and the loader: 10 minutes
     python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
     python tests/bench.py --finetune as20k --clips 1            an update of fine-tuning, of a preset
     python tests/bench.py --json bench.json                     the same numbers as JSON
 
-Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate of the
-update against that of a plain matrix product in the same process, the cost of a promise against the update.
+Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate
+of the update against that of a plain matrix product in the same process, the cost of a promise against the
+update.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
+from evaluate import init_distributed, pick_precision  # noqa: E402
 from masking import visible_ids  # noqa: E402
-from model import EAT, AudioClassifier, ModelConfig, make_targets  # noqa: E402
+from model import EAT, MODELS, AudioClassifier, ModelConfig, make_targets, save_checkpoint  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -54,7 +57,7 @@ def median_seconds(function, runs: int = 5, warmup: int = 1) -> float:
 
 
 def paced(update, flops: float, dtype: torch.dtype, runs: int) -> dict[str, float]:
-    """An update's time and rate, beside that of a matrix product, measured before each: a machine's speed drifts."""
+    """An update's time and rate, beside that of a matrix product before each: a machine's speed drifts."""
     a, seconds, rates = torch.randn(1536, 1536, device=DEVICE, dtype=dtype), [], []
     update()
     for _ in range(runs):
@@ -75,7 +78,7 @@ def forward_flops(c: ModelConfig, tokens: int) -> float:
 
 
 def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
-    """Arithmetic of one update: the teacher forward; student and decoder forward and backward (three times forward)."""
+    """Operations of an update: teacher forward; student and decoder forward and backward (3 x forward)."""
     c, n = config.network, config.grid[0] * config.grid[1]
     views = config.batch_size * config.clones
     conv = c.decoder_depth * 2 * c.width * (c.width // c.decoder_groups) * c.decoder_kernel**2
@@ -86,15 +89,21 @@ def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
     )
 
 
+def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
+    """As a run does."""
+    is_half = pick_precision(amp, device)[0] == "fp16"
+    return torch.amp.GradScaler(device.type, init_scale=2.0**7, enabled=is_half)
+
+
 def make(config: pretrain.PretrainConfig, device: torch.device = DEVICE):
     """What train_step needs, as pretrain.py makes it: student, teacher, optimizer, scaler."""
-    if device.type == "cpu":
-        pretrain.keep_freed_memory()
+    init_distributed()  # as a run does: keeps freed memory on a CPU, means fp32 by fp32 on a GPU
     torch.manual_seed(0)
     student = EAT(config.network).to(device)
     teacher = copy.deepcopy(student.encoder).requires_grad_(False)
-    optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
-    scaler = pretrain.make_scaler(pretrain.pick_precision(config.amp, device), device)
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    optimizer = torch.optim.AdamW(student.parameters(), betas=betas, weight_decay=decay, fused=True)
+    scaler = make_scaler(config.amp, device)
     if config.compile:
         student.compile()
         teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
@@ -104,7 +113,7 @@ def make(config: pretrain.PretrainConfig, device: torch.device = DEVICE):
 def bench_update(config: pretrain.PretrainConfig, made, runs: int) -> dict[str, float]:
     """One update and its pieces, on noise of the right shape."""
     student, teacher, optimizer, scaler = made
-    dtype = pretrain.pick_precision(config.amp, DEVICE)
+    dtype = pick_precision(config.amp, DEVICE)[1]
     waveform = torch.randn(config.batch_size, data.clip_samples(config.clip_frames), device=DEVICE)
     n_samples = torch.full((config.batch_size,), waveform.shape[1], device=DEVICE)
 
@@ -145,16 +154,21 @@ def bench_update(config: pretrain.PretrainConfig, made, runs: int) -> dict[str, 
     norm = torch.ones((), device=DEVICE)
     finite = median_seconds(lambda: (~norm.isfinite()).float(), 100, 10)
     with tempfile.TemporaryDirectory() as folder:
-        state = dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict())
-        save = median_seconds(lambda: pretrain.save_checkpoint(Path(folder, "last.pt"), **state), 3)
+        parts = dict(student=student, teacher=teacher, optimizer=optimizer)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save = median_seconds(lambda: save_checkpoint(Path(folder, "last.pt"), **state), 3)
+    seconds = numbers["update (s)"]
     return numbers | {
-        "promise: checkpoint every --save_every, share of the update": save / config.save_every / numbers["update (s)"],
-        "promise: finite gradients, share of the update": finite / numbers["update (s)"],
+        "promise: checkpoint every --save_every, share of the update": save / config.save_every / seconds,
+        "promise: finite gradients, share of the update": finite / seconds,
     }
 
 
 def peak_memory() -> float:
-    return pretrain.peak_memory_gib(DEVICE)
+    """Most memory this process has held, GiB: on the GPU, or resident if there is none."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) -> dict[str, float]:
@@ -172,18 +186,17 @@ def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) 
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm), optimizer.step(),
             optimizer.zero_grad(set_to_none=True),
         ), 1, 0))  # fmt: skip
-    return {"backward": statistics.median(backward[1:]), "gradient norm and optimizer": statistics.median(after[1:])}
+    seconds, seconds_after = statistics.median(backward[1:]), statistics.median(after[1:])
+    return {"backward": seconds, "gradient norm and optimizer": seconds_after}
 
 
 def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, float]:
     """One update of fine-tuning, on noise of the right shape."""
-    if DEVICE.type == "cpu":
-        pretrain.keep_freed_memory()
-    dtype = pretrain.pick_precision(config.amp, DEVICE)
-    network = dataclasses.replace(pretrain.MODELS[config.model], drop_path=config.drop_path)
+    init_distributed()
+    dtype, scaler = pick_precision(config.amp, DEVICE)[1], make_scaler(config.amp, DEVICE)
+    network = dataclasses.replace(MODELS[config.model], drop_path=config.drop_path)
     model = AudioClassifier(network, {str(i): "" for i in range(527)}).to(DEVICE).train()
     optimizer = torch.optim.AdamW(finetune.layer_decay_groups(model, config), weight_decay=0.05, fused=True)
-    scaler = pretrain.make_scaler(dtype, DEVICE)
     if config.compile:
         model.compile()
     spec = torch.randn(config.batch_size, 1, config.clip_frames, data.MEL_BINS, device=DEVICE)
@@ -194,7 +207,8 @@ def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, floa
         lambda: finetune.train_step(model, optimizer, scaler, [(spec, y)], 1, config, dtype),
         3 * config.batch_size * forward_flops(network, n + 1), dtype, runs,
     )  # fmt: skip
-    return numbers | {"clips/s": config.batch_size / numbers["update (s)"], "peak memory (GiB)": peak_memory()}
+    numbers["clips/s"] = config.batch_size / numbers["update (s)"]
+    return numbers | {"peak memory (GiB)": peak_memory()}
 
 
 def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> None:
@@ -246,8 +260,13 @@ def bench_reduction(config: pretrain.PretrainConfig, port: int = 29_518) -> dict
 def _agree(rank: int, port: int, answer) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    stop = pretrain.Stop(2, timeout=1)
-    answer[rank] = median_seconds(stop.agreed, 1000, 100)
+    status = torch.tensor(0)
+
+    def agree() -> bool:
+        dist.all_reduce(status, dist.ReduceOp.MAX)
+        return bool(status)
+
+    answer[rank] = median_seconds(agree, 1000, 100)
 
 
 def bench_agreement(port: int = 29_517) -> float:
@@ -263,15 +282,17 @@ def private_mib(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
-def bench_data(config: pretrain.PretrainConfig, made, clips: int, workers: int, runs: int) -> dict[str, float]:
-    """Clips of 10 s from flac files and from a packed folder, against decoding alone; two million lines; a training."""
+def bench_data(config: pretrain.PretrainConfig, made, clips: int, workers: int, runs: int) -> dict:
+    """Clips of 10 s from flac files and packed, against decoding alone; two million lines; a training."""
     with tempfile.TemporaryDirectory() as folder:
         noise = torch.randn(160_000, generator=torch.Generator().manual_seed(0)) / 20
         for i in range(clips):
             soundfile.write(f"{folder}/{i}.flac", noise.roll(1000 * i).numpy(), 16_000)
         data.write_lines(f"{folder}/m.tsv", [folder, *(f"{i}.flac\t160000" for i in range(clips))])
-        data.write_lines(f"{folder}/big.tsv", [folder, *(f"{i % clips}.flac\t160000" for i in range(2_000_000))])
-        data.pack(f"{folder}/m.tsv", f"{folder}/packed", workers)
+        lines = (f"{i % clips}.flac\t160000" for i in range(2_000_000))
+        data.write_lines(f"{folder}/big.tsv", [folder, *lines])
+        pack = [ROOT / "extras" / "prepare.py", "pack", f"{folder}/m.tsv", f"{folder}/packed.tsv"]
+        subprocess.run([sys.executable, *pack, f"--workers={workers}"], check=True, stdout=sys.stderr)
 
         def decode():
             for i in range(clips):
@@ -280,13 +301,15 @@ def bench_data(config: pretrain.PretrainConfig, made, clips: int, workers: int, 
         def load(source, n_batches):
             """Clips/s, and the most memory that a loader process has for itself, MiB."""
             dataset = data.AudioDataset(f"{folder}/{source}")
-            loader = iter(data.build_loader(dataset, data.ClipSampler(len(dataset), 12, seed=0), workers))
+            sampler = data.ClipSampler(len(dataset), 12, seed=0)
+            loader = iter(data.build_loader(dataset, sampler, workers))
             next(loader)  # the processes have started
             start = time.perf_counter()
             for _ in range(n_batches):
                 next(loader)
             seconds = time.perf_counter() - start
-            return 12 * n_batches / seconds, max(private_mib(p.pid) for p in multiprocessing.active_children())
+            memory = max(private_mib(p.pid) for p in multiprocessing.active_children())
+            return 12 * n_batches / seconds, memory
 
         def medians(source, n_batches):
             return (statistics.median(some) for some in zip(*(load(source, n_batches) for _ in range(3))))
@@ -294,37 +317,37 @@ def bench_data(config: pretrain.PretrainConfig, made, clips: int, workers: int, 
         alone = clips / median_seconds(decode, 3)
         files, memory = medians("m.tsv", clips // 12)
         many, memory_of_many = medians("big.tsv", clips // 12)
-        packed, _ = medians("packed", clips // 2)
+        packed, _ = medians("packed.tsv", clips // 2)
+        opening = median_seconds(lambda: data.AudioDataset(f"{folder}/big.tsv"), 3, 0)
         return {
             "decoding flac alone, one process (clips/s)": alone,
             f"loader, flac files, {workers} workers (clips/s)": files,
             f"loader, packed, {workers} workers (clips/s)": packed,
-            "2,000,000 lines: opening (s)": median_seconds(lambda: data.AudioDataset(f"{folder}/big.tsv"), 3, 0),
+            "2,000,000 lines: opening (s)": opening,
             "2,000,000 lines: loader (clips/s)": many,
             "2,000,000 lines: memory that a worker adds (MiB)": memory_of_many - memory,
             "2,000,000 lines: start of pretrain.py to its first update (s)": first_update(config, folder),
-            **bench_training(config, made, f"{folder}/packed", workers, runs),
+            **bench_training(config, made, f"{folder}/packed.tsv", workers, runs),
         }
 
 
 def bench_training(config, made, source: str, workers: int, runs: int) -> dict[str, float]:
-    """Updates on audio that loaders read, as pretrain.py makes them: the share of their time spent waiting for it."""
-    dataset, dtype = data.AudioDataset(source), pretrain.pick_precision(config.amp, DEVICE)
+    """Updates on audio that loaders read, as pretrain.py makes them: the share spent waiting for it."""
+    dataset = data.AudioDataset(source)
+    run = pretrain.Run(dataclasses.replace(config, data=source, workers=workers))
     sampler = data.ClipSampler(len(dataset), config.batch_size, seed=0)
-    with tempfile.TemporaryDirectory() as folder:
-        loader = data.build_loader(dataset, sampler, workers, pin_memory=DEVICE.type == "cuda")
-        feed = pretrain.Feed(loader, dataset, Path(folder))
+    batches = run.batches(dataset, sampler)
 
-        def update():
-            parts = pretrain.micro_batches(feed, sampler, config, 1, DEVICE)
-            pretrain.train_step(*made, parts, 1, config, dtype)
+    def update():
+        parts = pretrain.draw_parts(batches, sampler, config, 1, DEVICE)
+        pretrain.train_step(*made, parts, 1, config, run.amp)
 
-        update()  # the loaders have started
-        feed.waited = 0.0
-        seconds = [median_seconds(update, 1, 0) for _ in range(4 * runs)]
+    update()  # the loaders have started
+    run.waited = 0.0
+    seconds = [median_seconds(update, 1, 0) for _ in range(4 * runs)]
     return {
         "training from packed audio: update (s)": statistics.median(seconds),
-        "training from packed audio: share spent waiting for data": feed.waited / sum(seconds),
+        "training from packed audio: share spent waiting for data": run.waited / sum(seconds),
     }
 
 
@@ -344,7 +367,8 @@ def first_update(config: pretrain.PretrainConfig, folder: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="base")
     parser.add_argument("--finetune", default="", choices=["", *finetune.PRESETS], help="its update instead")
     parser.add_argument("--clips", type=int, default=1, help="clips per update")
@@ -367,11 +391,13 @@ def main() -> None:
     else:
         made = make(config)
         numbers = bench_update(config, made, args.runs)
-        numbers["promise: agreement on a stop, share of the update"] = bench_agreement() / numbers["update (s)"]
+        share = bench_agreement() / numbers["update (s)"]
+        numbers["promise: agreement on a stop, share of the update"] = share
         numbers |= bench_data(config, made, 240, args.workers, args.runs)
         del made
         numbers |= bench_reduction(config)
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    threads = f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads
     what = f"fine-tuning ({args.finetune})" if args.finetune else f"{args.clones} clones"
     print(f"\n{args.model}, {args.clips} clips, {what}, {args.amp}, {device}, torch {torch.__version__}")
     for name, value in numbers.items():

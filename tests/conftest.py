@@ -1,13 +1,21 @@
 """Fixtures shared by the tests: small audio files made from a formula, and a quick way to run a script."""
 
+import dataclasses
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+
+from evaluate import run_script
+from model import MODELS, AudioClassifier, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,19 +41,70 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def starter():
+    """The process that starts scripts: see starter.py."""
+    command = [sys.executable, str(ROOT / "tests" / "starter.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def script(tmp_path):
-    """Runs a script of the project in tmp_path: script("data.py", "scan", ...) -> CompletedProcess with text output."""
+def script(tmp_path, starter):
+    """Runs a script of the project in tmp_path: script("evaluate.py", "run", ...) -> CompletedProcess."""
 
     def run(name: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        )
-        result = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
-            cwd=tmp_path, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600,
-        )  # fmt: skip
+        command = [str(ROOT / name), *map(str, args)]
+        if processes > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [sys.executable, *torchrun, *command]
+            run = dict(cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
+            result = subprocess.run(command, **run)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                out, err = Path(folder, "out"), Path(folder, "err")
+                request = dict(argv=command, cwd=str(tmp_path), env=ENVIRONMENT, out=str(out), err=str(err))
+                print(json.dumps(request), file=starter.stdin, flush=True)
+                if not select.select([starter.stdout], [], [], 600)[0]:
+                    os.killpg(starter.pid, signal.SIGKILL)
+                    raise TimeoutError(" ".join(command))
+                status, texts = int(starter.stdout.readline()), (out.read_bytes(), err.read_bytes())
+            result = subprocess.CompletedProcess(command, status, *(text.decode() for text in texts))
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 
     return run
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capfd):
+    """Calls the main function of a script in tmp_path, in this process: called(evaluate, "run", ...)."""
+
+    def call(module, *args, check: bool = True) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(module.main)
+        result = subprocess.CompletedProcess(sys.argv, end.value.code, *capfd.readouterr())
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return call
+
+
+@pytest.fixture
+def classifier(folder) -> Path:
+    """classifier.pt in the folder of clips: untrained, of two exclusive classes, with clips of 0.96 s."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(MODELS["tiny"], clip_frames=96)
+    model = AudioClassifier(config, {"low": "Low tone", "high": "High tone"}, exclusive=True)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    state = dict(network=dataclasses.asdict(config), head=model.head_settings, classifier=model.state_dict())
+    save_checkpoint(folder / "classifier.pt", step=1, **state)
+    return folder

@@ -1,4 +1,4 @@
-"""Masks: exact counts, the released generator's statistics, block shapes, gather and scatter."""
+"""Masks: exact counts, the released generator's statistics, block shapes, and the tokens that they choose."""
 
 from pathlib import Path
 
@@ -11,15 +11,27 @@ from masking import (
     count_visible,
     flexible_block_mask,
     inverse_block_mask,
-    put,
-    random_mask,
-    take,
     visible_ids,
 )
 from model import EAT, MODELS
 
 GOLDEN = Path(__file__).parent / "golden" / "masks.npz"
 SETTINGS = {"base": dict(mask_ratio=0.8, adjust=0.07), "large": dict(mask_ratio=0.75, adjust=0.1)}
+
+
+def random_mask(n: int, **kwargs) -> torch.Tensor:
+    """Masks that keep single patches at random, as in MAE."""
+    return inverse_block_mask(n, block=(1, 1), **kwargs)
+
+
+def take(x: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+    """The visible tokens: x (n, N, D), ids_keep (n, V) -> (n, V, D)."""
+    return x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def put(tokens: torch.Tensor, ids_keep: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """The inverse of `take`: tokens (n, V, D) in their places, `fill` (n, N, D) everywhere else."""
+    return fill.scatter(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -32,7 +44,8 @@ def components(visible: torch.Tensor) -> torch.Tensor:
     labels = torch.arange(1, H * W + 1, dtype=torch.int16).view(1, H, W).expand(n, -1, -1) * visible
     first = labels.clone()
     while True:
-        padded = torch.nn.functional.pad(torch.where(visible, labels, H * W + 1), (1, 1, 1, 1), value=H * W + 1)
+        inner = torch.where(visible, labels, H * W + 1)
+        padded = torch.nn.functional.pad(inner, (1, 1, 1, 1), value=H * W + 1)
         around = [
             padded[:, 1:-1, 1:-1],
             padded[:, :-2, 1:-1],
@@ -73,7 +86,7 @@ def test_exact_count(grid, mask_ratio):
     assert count_visible(grid[0] * grid[1], mask_ratio) == expected
     for mask in (
         inverse_block_mask(500, grid, mask_ratio, generator=seeded()),
-        random_mask(500, grid, mask_ratio, generator=seeded()),
+        random_mask(500, grid=grid, mask_ratio=mask_ratio, generator=seeded()),
         flexible_block_mask(100, 5, grid, mask_ratio, generator=seeded()),
     ):
         assert mask.shape == (500, grid[0] * grid[1]) and mask.dtype == torch.bool
@@ -104,6 +117,16 @@ def test_one_rectangular_block(block):
     assert ((~mask).sum(1) == area).all()
 
 
+def test_blocks_of_one_patch_are_random_masks():
+    """Every patch is as often visible as any other, and so is every pair of neighbours: chance alone."""
+    visible = torch.cat([~random_mask(1000, generator=seeded(i)).view(-1, 64, 8) for i in range(20)])
+    p, pairs = 102 / 512, 102 * 101 / (512 * 511)
+    z = (visible.double().mean(0) - p) / (p * (1 - p) / len(visible)) ** 0.5
+    assert z.abs().max() < 4.5
+    for both in (visible[:, 1:] & visible[:, :-1], visible[:, :, 1:] & visible[:, :, :-1]):
+        assert both.double().mean().item() == pytest.approx(pairs, rel=0.01)
+
+
 def test_flexible_shape_is_shared_by_the_clones_of_a_clip():
     masks = flexible_block_mask(60, 8, mask_ratio=1 - 25.5 / 512, adjust=0.0, generator=seeded())
     which = torch.stack([fits(masks, block, (64, 8)) for block in FLEXIBLE_BLOCKS], dim=-1).view(60, 8, 3)
@@ -118,7 +141,7 @@ def test_same_generator_same_masks():
 
 
 def test_the_model_takes_and_puts_the_same():
-    """Encoder and decoder index flat, which is faster; the result is that of take and put."""
+    """Encoder and decoder index flat, which is faster; what they return is that of take and put."""
     torch.manual_seed(0)
     eat, spec = EAT(MODELS["tiny"]), torch.randn(2, 1, 64, 128)
     mask = random_mask(6, grid=(4, 8), generator=seeded())
@@ -147,14 +170,28 @@ def test_take_and_put_are_inverse():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(grid=(8, 8), block=(9, 3)), "does not fit"),
-        (dict(grid=(8, 8), block=(5, 5)), "choose a smaller block"),
-        (dict(block=(0, 5)), "does not fit"),
-        (dict(mask_ratio=1.0), "leaves 0 visible"),
-        (dict(mask_ratio=0.0), "leaves 0 visible"),
-        (dict(mask_ratio=float("nan")), "leaves 0 visible"),
+        (dict(grid=(8, 8), block=(9, 3)), "8 x 8 patches .* 0 blocks of 9 x 3: choose a smaller block"),
+        (dict(grid=(8, 8), block=(5, 5)), "12 visible and room for 0 blocks of 5 x 5: choose"),
+        (dict(block=(0, 5)), "0 blocks of 0 x 5"),
+        (dict(grid=(1, 4), block=(1, 1)), "1 x 4 patches at mask ratio 0.8 has 0 visible"),
+        (dict(mask_ratio=1.0), "mask ratio 1.0 has 0 visible"),
+        (dict(mask_ratio=0.0), "mask ratio 0.0 has 0 visible"),
+        (dict(mask_ratio=-1.0), "mask ratio -1.0 has 0 visible"),
+        (dict(mask_ratio=float("nan")), "mask ratio nan has 0 visible"),
+        (dict(mask_ratio=float("-inf")), "mask ratio -inf has 0 visible"),
     ],
 )
 def test_impossible_masks_are_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    """One message says what is impossible and what to change."""
+    with pytest.raises(ValueError, match=message) as error:
         inverse_block_mask(2, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask_ratio", [1.0, 0.0])
+def test_impossible_flexible_masks_are_refused(mask_ratio):
+    """A grid or ratio without room for every one of the shapes is refused, whichever would be drawn."""
+    with pytest.raises(ValueError, match="has 0 visible"):
+        flexible_block_mask(2, 2, mask_ratio=mask_ratio)
+    with pytest.raises(ValueError, match="blocks of 6 x 4: choose"):
+        flexible_block_mask(2, 2, grid=(4, 8))

@@ -1,16 +1,19 @@
-"""Schedules, configuration, checkpoints, and whole runs: two processes, accumulation, resuming, bad input."""
+"""Schedules, settings, updates and whole runs of pre-training: several processes, accumulation, bad input.
+
+What a run promises when something goes wrong is tested in test_faults.py.
+"""
 
 import copy
 import ctypes
 import dataclasses
+import gc
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,60 +23,62 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from data import InputError
-from model import EAT, MLP, MODELS, ModelConfig
+from evaluate import parse_config, pick_precision
+from model import EAT, MODELS, MLP, ModelConfig, load_checkpoint
 from pretrain import (
-    PRESETS,
-    PretrainConfig,
-    cosine_lr,
-    draw_masks,
-    draw_noise,
-    ema_decay,
-    ema_update,
-    parse_config,
-)
+    PRESETS, PretrainConfig, cosine_lr, draw_masks, draw_noise, ema_decay, ema_update, open_inputs, trim_log,
+)  # fmt: skip
 
 BASE = PretrainConfig()
-TINY = "--model tiny --clip_frames 64 --mask_block_time 2 --mask_block_freq 2 --clones 2 --min_samples 1600".split()
-TINY += ["--workers", 0]
-SHORT = [
-    *TINY,
-    "--batch_size",
-    8,
-    "--updates",
-    10,
-    "--warmup",
-    2,
-    "--ema_anneal",
-    5,
-    "--ema_decay",
-    0.9,
-    "--log_every",
-    1,
-]
-SHORT += ["--lr", 2e-3, "--utterance_weight", 1]
+CPU = torch.device("cpu")
+TINY = "--model tiny --clip_frames 64 --mask_block_time 2 --mask_block_freq 2 --clones 2".split()
+TINY += "--min_samples 1600 --workers 0".split()
+SHORT = [*TINY, *"--batch_size 8 --updates 10 --warmup 2 --ema_anneal 5 --ema_decay 0.9 --lr 2e-3".split()]
+SHORT += "--utterance_weight 1 --log_every 1".split()
+PLAIN = [*SHORT, "--data", "manifest.tsv"]
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------
+def in_folder(train, config, presets, folder, monkeypatch):
+    """A function that does in `folder`, in this process, what a script does with the flags that it is given.
+
+    It returns the exit status, or raises the InputError whose words the script would print. One thread, as
+    in the processes that `script` starts.
+    """
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+
+    def run(*args) -> int:
+        torch.set_num_threads(1)
+        try:
+            return train(parse_config(config, presets, [*map(str, args)]))
+        finally:
+            gc.collect()  # lets go of the run's lock
+            torch.set_num_threads(threads)
+
+    return run
 
 
-@pytest.mark.parametrize(
-    "step, lr",
-    [
-        (0, 0.0),
-        (1, 9.375058594e-09),
-        (53332, 4.99990624941e-04),
-        (53333, 5e-4),
-        (226666, 2.50001132785e-04),
-        (399999, 1.0265621686e-14),
-    ],
-)
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Pre-trains in this process, in tmp_path: train("--data", ...) -> exit status. Quicker than `script`."""
+    return in_folder(pretrain.train, PretrainConfig, PRESETS, tmp_path, monkeypatch)
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, lr", [
+    (0, 0.0), (1, 9.375058594e-09), (53332, 4.99990624941e-04), (53333, 5e-4), (226666, 2.50001132785e-04),
+    (399999, 1.0265621686e-14),
+])  # fmt: skip
 def test_released_learning_rate(step, lr):
-    assert cosine_lr(step, BASE.lr, BASE.warmup, BASE.updates, BASE.min_lr) == pytest.approx(lr, rel=1e-9, abs=1e-20)
+    found = cosine_lr(step, BASE.lr, BASE.warmup, BASE.updates, BASE.min_lr)
+    assert found == pytest.approx(lr, rel=1e-9, abs=1e-20)
 
 
-@pytest.mark.parametrize(
-    "step, decay", [(1, 0.9998000019), (2, 0.9998000038), (50000, 0.999895), (100000, 0.99999), (399999, 0.99999)]
-)
+@pytest.mark.parametrize("step, decay", [
+    (1, 0.9998000019), (2, 0.9998000038), (50000, 0.999895), (100000, 0.99999), (399999, 0.99999),
+])  # fmt: skip
 def test_released_ema_decay(step, decay):
     assert ema_decay(step, BASE) == pytest.approx(decay, rel=1e-12)
 
@@ -113,209 +118,118 @@ def test_teacher_is_the_weighted_mean_of_past_students():
     torch.testing.assert_close(teacher.weight, expected)
 
 
-# --- randomness ------------------------------------------------------------------------------------------------------
+# --- randomness -------------------------------------------------------------------------------------------
 
 
 def test_masks_and_noise_depend_on_seed_step_and_clip_only():
-    config, cpu = dataclasses.replace(BASE, model="demo", batch_size=4, clones=3), torch.device("cpu")
-    assert torch.equal(draw_masks(config, 7, cpu), draw_masks(config, 7, cpu))
-    assert not torch.equal(draw_masks(config, 7, cpu), draw_masks(config, 8, cpu))
-    assert not torch.equal(draw_masks(config, 7, cpu), draw_masks(dataclasses.replace(config, seed=2), 7, cpu))
-    noise = draw_noise(config, 7, range(4), cpu)
+    config = dataclasses.replace(BASE, model="demo", batch_size=4, clones=3)
+    for kind in ("block", "flexible"):
+        config = dataclasses.replace(config, mask=kind)
+        masks = draw_masks(config, 7, CPU)
+        assert masks.shape == (12, 512) and ((~masks).sum(1) == config.n_visible).all()
+        assert torch.equal(masks, draw_masks(config, 7, CPU))
+        assert not torch.equal(masks, draw_masks(config, 8, CPU))
+        assert not torch.equal(masks, draw_masks(dataclasses.replace(config, seed=2), 7, CPU))
+    noise = draw_noise(config, 7, range(4), CPU)
     assert noise.shape == (12, 512, 192) and noise.std() == pytest.approx(0.01, rel=0.01)
-    assert torch.equal(noise[6:9], draw_noise(config, 7, range(2, 3), cpu))
+    assert torch.equal(noise[6:9], draw_noise(config, 7, range(2, 3), CPU))
     assert len({row.sum().item() for row in noise}) == 12
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------
 
 
 def test_flags_presets_and_help(capsys):
     assert parse_config(PretrainConfig, PRESETS, []) == BASE
-    config = parse_config(PretrainConfig, PRESETS, ["--preset", "large", "--lr", "1", "--no-decay_all"])
-    assert (config.model, config.mask_ratio, config.lr, config.decay_all) == ("large", 0.75, 1.0, False)
-    with pytest.raises(SystemExit):
+    flags = ["--preset", "large", "--lr", "1", "--stop_on_collapse"]
+    config = parse_config(PretrainConfig, PRESETS, flags)
+    assert (config.model, config.mask_ratio, config.lr, config.stop_on_collapse) == ("large", 0.75, 1.0, True)
+    assert not parse_config(PretrainConfig, PRESETS, [*flags, "--no-stop_on_collapse"]).stop_on_collapse
+    with pytest.raises(SystemExit) as stop:
         parse_config(PretrainConfig, PRESETS, ["--help"])
     text = capsys.readouterr().out
+    assert stop.value.code == 0
     assert all(f"--{field.name}" in text for field in dataclasses.fields(PretrainConfig))
 
 
-@pytest.mark.parametrize("argv", [["--upd", "3"], ["--preset", "huge"], ["--updates", "many"], ["--nonsense"]])
-def test_wrong_flags_are_one_line(capsys, argv):
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize("argv, message", [
+    (["--upd", "3"], "--upd"), (["--preset", "huge"], "'huge' (choose from"), (["--nonsense"], "--nonsense"),
+    (["--updates", "many"], "invalid int value: 'many'"), (["--lr"], "expected one argument"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(argv, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         parse_config(PretrainConfig, PRESETS, argv)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(batch_size=50), "does not divide"),
-        (dict(batch_size=0), "above 0"),
-        (dict(model="huge"), "choose from base"),
-        (dict(warmup=-1), "--warmup must not be negative"),
-        (dict(clip_frames=128), "smaller block"),
-        (dict(mask="blocks"), "choose from block"),
-        (dict(data=""), "--data is missing"),
-        (dict(target_layers=13), "12 blocks"),
-        (dict(probe_test="x"), "needs --probe_manifest"),
-        (dict(seed=-1), "negative"),
-        (dict(lr=math.nan), "reasonable size"),
-        (dict(seed=2**70), "reasonable size"),
-        (dict(timeout=0.0), "above 0"),
-        (dict(mask_noise=-1.0), "negative"),
-        (dict(mask_ratio=2.0), "between 0 and 1"),
-        (dict(beta1=2.0), "between 0 and 1"),
-        (dict(clip_frames=20_000), "at most 12288"),
-        (dict(clip_frames=8), "visible"),
-        (dict(mask_block_time=0), "does not fit"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (dict(batch_size=50, accumulate=4), "--batch_size 50 does not divide over 1 processes x 4 parts"),
+    (dict(batch_size=0), "--batch_size must be a whole number above 0"),
+    (dict(model="huge"), "--model huge: choose from base"),
+    (dict(warmup=-1), "--warmup must be a whole number from 0 on"),
+    (dict(clip_frames=128), "choose a smaller block"),
+    (dict(mask="blocks"), "--mask blocks: choose from block, flexible"),
+    (dict(data=""), "--data is missing"),
+    (dict(target_layers=13), "--target_layers is above the 12 blocks of base"),
+    (dict(probe_test="x"), "probes need both --probe_train and --probe_test"),
+    (dict(probe_train="x"), "probes need both --probe_train and --probe_test"),
+    (dict(seed=-1), "--seed must be a whole number from 0 on"),
+    (dict(lr=math.nan), "--lr must be a number above 0"),
+    (dict(seed=2**70), "--seed must be"),
+    (dict(timeout=0.0), "--timeout must be a number above 0"),
+    (dict(mask_noise=-1.0), "--mask_noise must be a number from 0 on"),
+    (dict(mask_ratio=2.0), "--mask_ratio must be from 0 to below 1"),
+    (dict(mask_ratio=0.0), "visible"),
+    (dict(beta1=2.0), "--beta1 must be from 0 to below 1"),
+    (dict(norm_mean=math.inf), "--norm_mean must be a number"),
+    (dict(clip_frames=20_000), "16 to 12288 clip_frames"),
+    (dict(clip_frames=8), "visible"),
+    (dict(mask_block_time=0), "--mask_block_time must be a whole number above 0"),
+    (dict(mask_block_freq=9), "choose a smaller block"),
+    (dict(amp="fp8"), "--amp fp8: choose from auto"),
+])  # fmt: skip
 def test_settings_that_cannot_work(change, message):
-    config = dataclasses.replace(BASE, **(dict(data="x.tsv") | change))
-    with pytest.raises(InputError, match=re.escape(message)):
-        pretrain.check_config(config, world=4)
+    """What cannot work is said before anything is read or written; the message names the flag."""
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        pretrain.train(dataclasses.replace(BASE, **(dict(data="x.tsv") | change)))
+    assert "\n" not in str(error.value)
 
 
-def test_decay_can_spare_biases_and_norms():
-    student = EAT(MODELS["tiny"])
-    everything = pretrain.param_groups(student, BASE)
-    assert len(everything) == 1 and len(everything[0]["params"]) == len(list(student.parameters()))
-    decayed, spared = pretrain.param_groups(student, dataclasses.replace(BASE, decay_all=False))
-    assert (
-        spared["weight_decay"] == 0
-        and all(p.ndim == 1 for p in spared["params"])
-        and all(p.ndim > 1 for p in decayed["params"])
-    )
+def test_the_demo_preset_is_complete():
+    config = dataclasses.replace(BASE, **PRESETS["demo"])
+    data, probe_sets, student, teacher = open_inputs(config)
+    assert len(data) > 500 and [len(part.classes) for part in probe_sets] == [15, 15]
+    assert student.config == config.network == teacher.config
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
+# --- one update -------------------------------------------------------------------------------------------
 
 
-def read_log(path) -> list[dict]:
-    return [
-        json.loads(line) for line in (path / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+def parts_of_run(config, device: torch.device = CPU):
+    """Student, teacher, optimizer, scaler and type of the products, as `train` makes them."""
+    torch.manual_seed(0)
+    student = EAT(config.network).to(device)
+    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay, fused=True)
+    name, dtype = pick_precision(config.amp, device)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**7, enabled=name == "fp16")
+    return student, teacher, optimizer, scaler, dtype
 
 
-def losses(path) -> list[float]:
-    return [line["loss"] for line in read_log(path) if "loss" in line]
-
-
-def weights(path) -> dict:
-    state = torch.load(path / "last.pt", weights_only=True)
-    return state["student"] | {f"teacher.{k}": v for k, v in state["teacher"].items()}
-
-
-def test_two_processes_accumulation_and_packed_data_give_one_curve(folder, script):
-    script("pretrain.py", *SHORT, "--data", "manifest.tsv", "--out_dir", "one")
-    script("data.py", "pack", "manifest.tsv", "packed")
-    script("pretrain.py", *SHORT, "--data", "manifest.tsv", "--out_dir", "two", processes=2)
-    script("pretrain.py", *SHORT, "--data", "packed", "--out_dir", "parts", "--accumulate", 4, "--workers", 2)
-    script("pretrain.py", *SHORT, "--data", "manifest.tsv", "--out_dir", "both", "--accumulate", 2, processes=2)
-    expected = losses(folder / "one")
-    assert len(expected) == 10 and expected[-1] < 0.9 * expected[0]
-    for other in ("two", "parts", "both"):
-        assert losses(folder / other) == pytest.approx(expected, rel=1e-5)
-    for key in ("target_std", "pred_std", "grad_norm"):
-        for ours, theirs in zip(read_log(folder / "two"), read_log(folder / "one")):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
-
-
-def test_resuming_repeats_the_run_bit_for_bit(folder, script):
-    """Killed between two checkpoints, in the middle of an epoch, and continued with other workers."""
-    args = [*SHORT, "--data", "manifest.tsv", "--batch_size", 6, "--updates", 60, "--save_every", 7]
-    script("pretrain.py", *args, "--out_dir", "whole")
-    command = [sys.executable, ROOT / "pretrain.py", *args, "--out_dir", "cut"]
-    with subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        while not (folder / "cut" / "log.jsonl").exists() or len(read_log(folder / "cut")) < 10:
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.kill()
-    step = torch.load(folder / "cut" / "last.pt", weights_only=True)["step"]
-    assert step % 7 == 0 and 7 <= step < 60
-    out = script("pretrain.py", *args, "--out_dir", "cut", "--workers", 2).stdout
-    assert f"resuming at update {step}" in out
-    assert [line["step"] for line in read_log(folder / "cut")] == list(range(1, 61))
-    assert losses(folder / "cut") == losses(folder / "whole")
-    ours, theirs = weights(folder / "cut"), weights(folder / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
-def test_a_run_folder_keeps_its_settings(folder, script):
-    args = [*SHORT, "--data", "manifest.tsv", "--out_dir", "run"]
-    script("pretrain.py", *args)
-    before = {p.name: p.read_bytes() for p in (folder / "run").iterdir()}
-    again = script("pretrain.py", *args)
-    assert "done" in again.stdout
-    refused = script("pretrain.py", *args, "--lr", 0.1, check=False)
-    assert refused.returncode == 2 and refused.stderr.strip().count("\n") == 0
-    assert "run holds a run with other settings (lr was 0.002, now 0.1)" in refused.stderr
-    assert before.keys() == {p.name for p in (folder / "run").iterdir()}
-    assert before["last.pt"] == (folder / "run" / "last.pt").read_bytes()
-    (folder / "mine").mkdir()
-    (folder / "mine" / "thesis.txt").write_text("precious")
-    refused = script("pretrain.py", *SHORT, "--data", "manifest.tsv", "--out_dir", "mine", check=False)
-    assert refused.returncode == 2 and "is not empty and holds no run" in refused.stderr
-
-
-def test_bad_files_are_skipped_and_listed(folder, script):
-    bad = bad_files(folder)
-    with open(folder / "manifest.tsv", "a") as file:
-        file.writelines(f"{name}\t16000\n" for name in bad)
-        file.write("clip 0.wav\t100\n")
-    script("pretrain.py", *SHORT, "--data", "manifest.tsv", "--out_dir", "run", "--max_bad_fraction", 1)
-    listed = (folder / "run" / "bad_files.tsv").read_text()
-    assert all(f"{name}\t" in listed for name in bad) and "clip 0.wav\tshorter than 1600 samples" in listed
-    assert read_log(folder / "run")[-1]["bad_files"] == len(bad) + 1
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv"),
-        (["--data", "broken.tsv"], "broken.tsv, line 2"),
-        (["--data", "."], "is not a packed folder"),
-        (["--data", "manifest.tsv", "--batch_size", 7], "does not divide over 2 processes"),
-        (
-            ["--data", "manifest.tsv", "--probe_manifest", "a.tsv"],
-            "cannot read the manifest a.tsv",
-        ),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_written(folder, script, args, message):
-    (folder / "broken.tsv").write_text("/data\nno tab or number here\n")
-    result = script(
-        "pretrain.py", *SHORT, *args, "--out_dir", "run", check=False, processes=2 if "--batch_size" in args else 1
-    )
-    ours = [line for line in result.stderr.splitlines() if line.startswith("pretrain.py: ")]
-    assert result.returncode != 0 and len(ours) == 1 and message in ours[0]
-    assert not (folder / "run").exists()
+UPDATE = dataclasses.replace(
+    BASE, model="tiny", clip_frames=64, clones=4, batch_size=2, mask_block_time=1, mask_block_freq=1,
+    warmup=0, updates=9, amp="fp32",
+)  # fmt: skip
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
-    torch.manual_seed(0)
-    config = dataclasses.replace(
-        BASE, model="tiny", clip_frames=64, clones=2, batch_size=2, mask="random", updates=10, warmup=0, lr=1e-3
-    )
-    student = EAT(config.network)
-    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
-    optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
-    scaler = pretrain.make_scaler(torch.float32, torch.device("cpu"))
+    config = dataclasses.replace(UPDATE, lr=1e-3)
+    student, teacher, optimizer, scaler, dtype = parts_of_run(config)
     for step, value in enumerate((1.0, math.nan, math.inf, 1.0)):
         before = copy.deepcopy(student.state_dict())
-        part = (
-            torch.full((2, 1, 64, 128), value),
-            draw_masks(config, step, torch.device("cpu")),
-            torch.zeros(4, 32, 64),
-        )
-        pretrain.train_step(student, teacher, optimizer, scaler, [part], step, config, torch.float32)
+        spec = torch.full((2, 1, 64, 128), value)
+        part = spec, draw_masks(config, step, CPU), torch.zeros(8, 32, 64)
+        pretrain.train_step(student, teacher, optimizer, scaler, [part], step, config, dtype)
         changed = any(not torch.equal(before[k], v) for k, v in student.state_dict().items())
         assert changed == math.isfinite(value)
     assert all(p.isfinite().all() for p in [*student.parameters(), *teacher.parameters()])
@@ -324,39 +238,28 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 def one_update(config, device: str, compile: bool = False) -> dict[str, float]:
     """Losses and gradient norm of a first update, always of the same weights, data, masks and noise."""
     torch.backends.cudnn.allow_tf32 = False  # as in a run
-    torch.manual_seed(0)
     device = torch.device(device)
-    student = EAT(config.network).to(device)
-    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
-    optimizer = torch.optim.AdamW(pretrain.param_groups(student, config), fused=True)
-    dtype = pretrain.pick_precision(config.amp, device)
+    student, teacher, optimizer, scaler, dtype = parts_of_run(config, device)
     if compile:
         student.compile()
         teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
     generator, clips = torch.Generator().manual_seed(1), config.batch_size
     spec = torch.randn(clips, 1, config.clip_frames, 128, generator=generator)
-    mask = draw_masks(config, 0, torch.device("cpu"))
-    noise = draw_noise(config, 0, range(clips), torch.device("cpu"))
-    part = tuple(x.to(device) for x in (spec, mask, noise))
-    out = pretrain.train_step(
-        student, teacher, optimizer, pretrain.make_scaler(dtype, device), [part], 0, config, dtype
-    )
+    part = spec, draw_masks(config, 0, CPU), draw_noise(config, 0, range(clips), CPU)
+    parts = [tuple(x.to(device) for x in part)]
+    out = pretrain.train_step(student, teacher, optimizer, scaler, parts, 0, config, dtype)
     assert all(p.dtype == torch.float32 for p in [*student.parameters(), *teacher.parameters()])
     assert out["targets"].dtype == torch.float32
     return {key: out[key].item() for key in pretrain.LOGGED}
 
 
-UPDATE = dataclasses.replace(
-    BASE, model="tiny", clip_frames=64, clones=4, batch_size=2, mask="random", warmup=0, updates=9, amp="fp32"
-)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_stays_near_full(amp, device):
-    """Same update in autocast: losses agree to the precision of the type, weights and the teacher stay fp32."""
+    """The losses agree to the precision of the type; weights, targets and teacher stay fp32."""
     half = one_update(dataclasses.replace(UPDATE, amp=amp), device)
     assert half == pytest.approx(one_update(UPDATE, "cpu"), rel=0.03)
+    assert half != one_update(UPDATE, "cpu")
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), *DEVICES[1:]])
@@ -366,8 +269,8 @@ def test_compiled_is_eager(device):
     assert one_update(UPDATE, device, compile=True) == pytest.approx(one_update(UPDATE, "cpu"), rel=1e-4)
 
 
-def test_what_is_recomputed_holds_no_product():
-    """The backward pass is two forward passes of products: GELU is computed again in it, the second layer is not."""
+def test_the_backward_pass_is_two_forward_passes_of_products():
+    """What the bench counts as three forward passes an update is what is computed."""
     mlp, x = MLP(16, 64), torch.randn(3, 5, 16, requires_grad=True)
     with FlopCounterMode(display=False) as forward:
         y = mlp(x)
@@ -377,48 +280,244 @@ def test_what_is_recomputed_holds_no_product():
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
-@NEEDS_GPU
-def test_200_updates_in_bf16_follow_fp32(folder, script):
-    logs = {}
-    for amp in ("fp32", "bf16"):
-        script("pretrain.py", *SHORT, "--updates", 200, "--amp", amp, "--data", "manifest.tsv", "--out_dir", amp)
-        logs[amp] = read_log(folder / amp)
-    for full, half in zip(logs["fp32"], logs["bf16"]):
-        assert half["loss"] == pytest.approx(full["loss"], rel=0.05), full["step"]
-
-
-@NEEDS_GPU
-@pytest.mark.parametrize(
-    "flags", [["--amp", "fp32"], ["--amp", "bf16"], ["--amp", "fp16"], ["--amp", "bf16", "--compile"]]
-)
-def test_on_a_gpu_the_loss_falls(folder, script, flags):
-    script("pretrain.py", *SHORT, *flags, "--data", "manifest.tsv", "--out_dir", "run")
-    log = read_log(folder / "run")
-    assert log[-1]["loss"] < 0.95 * log[0]["loss"] and log[-1]["skipped"] == 0
-
-
-def test_the_demo_preset_is_complete():
-    config = dataclasses.replace(BASE, **PRESETS["demo"])
-    pretrain.check_config(config, world=2)
-    for path in (config.data, config.probe_manifest, config.probe_test):
-        assert (ROOT / path).exists()
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="done where there is no GPU")
 def test_freed_memory_is_kept():
     """Once kept, memory of the size of activations is not mapped in again, page by page, at each use."""
     count = """
-import resource, torch, pretrain
+import resource, torch, evaluate
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.zeros(10_000_000).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 first = faults()
-pretrain.keep_freed_memory()
+evaluate.init_distributed()
 faults()
 print(first, faults())
 """
     done = subprocess.run([sys.executable, "-c", count], cwd=ROOT, capture_output=True, text=True, check=True)
     first, kept = map(int, done.stdout.split())
     assert first > 20 * 5000 and kept < 1000
+
+
+# --- whole runs -------------------------------------------------------------------------------------------
+
+
+def read_log(path) -> list[dict]:
+    """The records of a run's log; a line that is being written is left out."""
+    lines = (path / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(path) -> list[float]:
+    return [line["loss"] for line in read_log(path) if "loss" in line]
+
+
+def test_two_processes_accumulation_and_packed_data_give_one_curve(folder, script, train):
+    """Accumulation within two processes is in test_going_on_with_another_number_of_processes."""
+    assert train(*PLAIN, "--out_dir", "one") == 0
+    script("pretrain.py", *PLAIN, "--out_dir", "two", processes=2)
+    script("extras/prepare.py", "pack", "manifest.tsv", "packed.tsv")
+    assert train(*SHORT, "--data", "packed.tsv", "--out_dir", "parts", "--accumulate", 4, "--workers", 2) == 0
+    expected = losses(folder / "one")
+    assert len(expected) == 10 and expected[-1] < 0.9 * expected[0]
+    for other in ("two", "parts"):
+        assert losses(folder / other) == pytest.approx(expected, rel=1e-5)
+    for key in ("target_std", "pred_std", "grad_norm"):
+        for ours, theirs in zip(read_log(folder / "two"), read_log(folder / "one"), strict=True):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_the_log_says_what_happens(folder, train, capsys):
+    """A line for the first update, every log_every-th and the last; probes before, during and after."""
+    probes = ["--probe_train", "manifest.tsv", "--probe_test", "manifest.tsv", "--probe_every", 2]
+    assert train(*PLAIN, "--out_dir", "run", "--updates", 5, "--log_every", 3, *probes) == 0
+    log = read_log(folder / "run")
+    assert [line["step"] for line in log if "loss" in line] == [1, 3, 5]
+    scores = {line["step"]: line for line in log if "probe_knn" in line}
+    assert list(scores) == [0, 2, 4, 5]
+    assert all(0 <= line[kind] <= 1 for line in scores.values() for kind in ("probe_linear", "probe_knn"))
+    last = log[-2]
+    assert last["loss"] == pytest.approx(last["loss_frame"] + last["loss_utterance"], rel=1e-6)
+    assert last["epoch"] == 5 * 8 / 8 and last["skipped"] == 0 and last["bad_clips"] == 0
+    assert last["lr"] == cosine_lr(4, 2e-3, 2, 5, 0) and last["ema_decay"] == BASE.ema_decay_end
+    assert last["clips_per_s"] * last["step_ms"] == pytest.approx(8 * 1000) and 0 < last["data_wait"] < 1
+    assert "step 5  loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, kept", [
+    (["--save_every", 4], (8, 10)), (["--save_every", 20, "--save_minutes", 1e-9], (9, 10)), ([], (10,)),
+])  # fmt: skip
+def test_checkpoints_come_by_updates_or_minutes(folder, train, flags, kept):
+    """The last two are kept: previous.pt and last.pt; the one of the last update is always there."""
+    assert train(*PLAIN, "--out_dir", "run", *flags) == 0
+    paths = filter(Path.exists, (folder / "run" / name for name in ("previous.pt", "last.pt")))
+    assert tuple(load_checkpoint(path)["step"] for path in paths) == kept
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mask", "flexible", "--clip_frames", 128, "--mask_ratio", 0.6, "--mask_adjust", 0.3],
+    ["--mask_block_time", 1, "--mask_block_freq", 1], ["--target_layers", 1, "--utterance_weight", 0],
+    ["--amp", "bf16"], ["--seed", 5],
+])  # fmt: skip
+def test_every_variant_learns_and_no_two_are_the_same(folder, train, flags):
+    assert train(*PLAIN, "--out_dir", "run", *flags) == 0 == train(*PLAIN, "--out_dir", "plain")
+    ours = losses(folder / "run")
+    assert ours[-1] < 0.95 * ours[0] and ours[-1] != losses(folder / "plain")[-1]
+
+
+def test_going_on_from_the_weights_of_another_run(folder, train):
+    """--init takes student and teacher of a checkpoint, nothing else; one of another size is refused."""
+    train(*PLAIN, "--out_dir", "first")
+    still = "--updates 1 --warmup 0 --lr 1e-30 --ema_decay 1 --ema_decay_end 1".split()
+    train(*PLAIN, "--out_dir", "second", "--init", "first", *still)
+    first, second = (load_checkpoint(folder / name / "last.pt") for name in ("first", "second"))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(second[part][key], value) for key, value in first[part].items())
+    assert losses(folder / "second")[0] < 0.95 * losses(folder / "first")[0]
+    with pytest.raises(ValueError, match="first is not a checkpoint of this model") as error:
+        train(*PLAIN, "--model", "demo", "--out_dir", "third", "--init", "first")
+    assert "\n" not in str(error.value) and not (folder / "third").exists()
+
+
+def test_a_run_folder_keeps_its_settings(folder, script, train, capsys):
+    args = [*PLAIN, "--out_dir", "run"]
+    assert train(*args) == 0
+    before = {p.name: p.read_bytes() for p in (folder / "run").iterdir()}
+    capsys.readouterr()
+    assert train(*args) == 0 and "done: 10 updates" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in (folder / "run").iterdir()}
+    refused = script("pretrain.py", *args, "--lr", 0.1, check=False)
+    said = "pretrain.py: run holds a run with other settings (lr was 0.002, now 0.1): choose another\n"
+    assert refused.returncode == 1 and refused.stderr == said
+    lines = (folder / "manifest.tsv").read_text().splitlines()
+    (folder / "other.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match="data_digest was"):
+        train(*args, "--data", "other.tsv")
+    assert before == {p.name: p.read_bytes() for p in (folder / "run").iterdir()}
+    (folder / "manifest.tsv").rename(folder / "moved.tsv")  # the same data in another place is the same
+    assert train(*args, "--data", "moved.tsv", "--save_every", 3, "--workers", 1) == 0
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="mine is not empty and holds no run"):
+        train(*args, "--data", "moved.tsv", "--out_dir", "mine")
+    assert [p.name for p in (folder / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_bad_files_are_skipped_and_listed(folder, script):
+    """Each once, with the reason, however many processes meet it and however often."""
+    bad = bad_files(folder)
+    with open(folder / "manifest.tsv", "a") as file:
+        file.writelines(f"{name}\t16000\n" for name in bad)
+        file.writelines(f"short {i}.wav\t100\n" for i in range(3000))  # so that writing takes its time
+    args = [*PLAIN, "--out_dir", "run", "--max_bad_fraction", 1, "--log_every", 5]
+    script("pretrain.py", *args, processes=2)
+    listed = (folder / "run" / "bad_files.tsv").read_text().splitlines()
+    reasons = {name: reason for name, reason in (line.split("\t") for line in listed)}
+    assert len(listed) == len(reasons) == len(bad) + 3000
+    assert {name: reasons[name] for name, word in bad.items() if word not in reasons[name]} == {}
+    assert reasons["short 7.wav"] == "shorter than --min_samples 1600"
+    n_items = 8 + len(bad)
+    n_bad = read_log(folder / "run")[-1]["bad_clips"]  # of 80 clips, those of which are bad
+    assert abs(n_bad / 80 - len(bad) / n_items) < len(bad) / 80 and n_bad >= len(bad) * (80 // n_items)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv"),
+    (["--data", "broken.tsv"], "broken.tsv, line 2"),
+    (["--data", "."], "cannot read the manifest .: Is a directory"),
+    (["--data", "nowhere.tsv"], "nowhere.tsv, line 1: there is no folder /nowhere"),
+    (["--data", "unpacked.tsv"], "gone.pcm is missing or has the wrong size"),
+    (["--probe_train", "a.tsv", "--probe_test", "a.tsv"], "cannot read the manifest a.tsv"),
+    (["--init", "nothing.pt"], "nothing.pt"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(folder, train, args, message):
+    (folder / "broken.tsv").write_text("/data\nno tab or number here\n")
+    (folder / "nowhere.tsv").write_text("/nowhere\na.wav\t16000\n")
+    (folder / "unpacked.tsv").write_text("gone.pcm\na.wav\t16000\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        train(*PLAIN, *args, "--out_dir", "run")
+    assert "\n" not in str(error.value) and not (folder / "run").exists()
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+def our_lines(result: subprocess.CompletedProcess) -> list[str]:
+    """What our code has said on stderr; the rest is torchrun's."""
+    traceback = re.search(r"^\[rank\d\]: ", result.stderr, re.M)  # how torch begins its lines
+    assert not traceback, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("pretrain.py: ")]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv: No such file or directory"),
+    (["--batch_size", 7], "--batch_size 7 does not divide over 2 processes x 1 parts (--accumulate)"),
+    (["--lr", -1], "--lr must be a number above 0, not -1.0"),
+    (["--out_dir", "mine"], "mine is not empty and holds no run: choose another --out_dir"),
+])  # fmt: skip
+def test_an_error_is_told_once_by_all_processes(folder, script, args, message):
+    """Whether all find it, before or after they have joined, or the first alone, as what is in the folder."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("precious")
+    result = script("pretrain.py", *PLAIN, "--out_dir", "run", *args, processes=2, check=False)
+    assert result.returncode == 1 and our_lines(result) == [f"pretrain.py: {message}"]
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["settings", "data"])
+def test_processes_that_do_not_agree_are_refused(folder, script, what):
+    """As when another machine has an old command line or another manifest: nothing is trained."""
+    lines = (folder / "manifest.tsv").read_text().splitlines()
+    (folder / "manifest1.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    (folder / "manifest0.tsv").write_text("\n".join(lines) + "\n")
+    own = dict(settings='["--seed", rank]', data='["--data", f"manifest{rank}.tsv"]')[what]
+    (folder / "start.py").write_text(
+        f'import os, runpy, sys\nsys.path.insert(0, "{ROOT}")\nrank = os.environ["RANK"]\n'
+        f'sys.argv += {own}\nsys.argv[0] = "pretrain.py"\n'
+        f'runpy.run_path("{ROOT / "pretrain.py"}", run_name="__main__")\n'
+    )
+    result = script(folder / "start.py", *PLAIN, "--out_dir", "run", processes=2, check=False)
+    said = "pretrain.py: process 1 has other settings, data or precision than the first"
+    assert result.returncode == 1 and our_lines(result) == [said]
+    assert not (folder / "run" / "last.pt").exists() and not (folder / "run" / "log.jsonl").exists()
+
+
+# --- the log ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["", '{"step": 5, "lo', '{"step": 5, "lo{"step": 6, "loss": 1}', "\0\0\0"])
+def test_a_damaged_log_is_trimmed(tmp_path, damage):
+    """Lines that will be written again go, and what a crash or a full disk has left; the rest stays."""
+    path = tmp_path / "log.jsonl"
+    rows = [dict(step=0, probe_knn=0.5), dict(step=1, loss=3.0), dict(step=4, loss=2.0)]
+    rows += [dict(step=4, probe_knn=0.6), dict(step=5, loss=1.0)]
+    path.write_text("\n".join([*map(json.dumps, rows), damage]))
+    trim_log(path, 4)
+    assert read_log(tmp_path) == rows[:3]  # the probe of update 4 is made after its checkpoint
+    trim_log(path, 0)
+    assert read_log(tmp_path) == []
+    trim_log(Path(tmp_path, "new.jsonl"), 0)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@NEEDS_GPU
+def test_200_updates_in_bf16_follow_fp32(folder, script):
+    logs = {}
+    for amp in ("fp32", "bf16"):
+        script("pretrain.py", *PLAIN, "--updates", 200, "--amp", amp, "--out_dir", amp)
+        logs[amp] = read_log(folder / amp)
+    for full, half in zip(logs["fp32"], logs["bf16"], strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.05), full["step"]
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("flags", [["fp32"], ["bf16"], ["fp16"], ["bf16", "--compile"]])
+def test_on_a_gpu_the_loss_falls(folder, script, flags):
+    script("pretrain.py", *PLAIN, "--amp", *flags, "--out_dir", "run")
+    log = read_log(folder / "run")
+    assert log[-1]["loss"] < 0.95 * log[0]["loss"] and log[-1]["skipped"] == 0
+    assert log[-1]["gpu_memory_gib"] > 0

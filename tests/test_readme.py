@@ -1,4 +1,4 @@
-"""What the README says is so: files, line counts, links, imports, flags, commands and snippets."""
+"""What the README and the texts in extras/ say is so: sizes, links, flags, commands, snippets, numbers."""
 
 import ast
 import dataclasses
@@ -11,122 +11,216 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
+import listen
+import plot
+import prepare
 import pytest
+import released
 from bench import update_flops
 from conftest import ROOT
 
 import evaluate
 import finetune
 import pretrain
+from evaluate import parse_config
 from finetune import FinetuneConfig
-from pretrain import PretrainConfig, parse_config
+from pretrain import PretrainConfig
 
 README = (ROOT / "README.md").read_text()
+TEXTS = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "extras").rglob("*.md"))]}
 LEAVES = {"masking", "model", "data"}
-GRAPH = {name: set() for name in LEAVES}
-GRAPH |= {"evaluate": LEAVES, "pretrain": LEAVES | {"evaluate"}, "finetune": {"model", "data", "evaluate", "pretrain"}}
+GRAPH = {"masking": set(), "model": set(), "data": set(), "evaluate": {"model", "data"}}
+GRAPH |= {"pretrain": LEAVES | {"evaluate"}, "finetune": {"model", "data", "evaluate", "pretrain"}}
+SCRIPTS = dict(prepare=prepare, released=released, plot=plot, compare=compare, listen=listen)
+RUNS = ROOT / "extras" / "runs"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def commands(program: str) -> list[list[str]]:
-    """The README's command lines that run a script of ours, as words."""
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    return [words[words.index(program) :] for words in lines if program in words]
+    """The command lines in all texts that run a script of ours, as words, without the program."""
+    lines = [line for text in TEXTS.values() for block in blocks("bash", text) for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[line.index(program) + 1 :] for line in words if program in line]
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+# --- sizes -------------------------------------------------------------------------------------------------
+
+
+def test_the_budgets_hold():
+    """Six files of at most 500 lines and 2,600 together; the README 350 lines and 3,000 words."""
+    sizes = {name: len(lines_of(ROOT / f"{name}.py")) for name in GRAPH}
+    assert max(sizes.values()) <= 500 and sum(sizes.values()) <= 2600, sizes
+    assert len(README.splitlines()) <= 350 and len(README.split()) <= 3000
+    assert {path.stem for path in ROOT.glob("*.py")} == GRAPH.keys()
+    scripts = ("prepare", "released", "plot", "compare")
+    assert sum(len(lines_of(ROOT / "extras" / f"{name}.py")) for name in scripts) <= 1000
+    code = [*ROOT.glob("*.py"), *(ROOT / "extras").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    assert [p.name for p in code if any(len(line) > 110 for line in lines_of(p))] == []
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_no_function_is_long(name):
+    """60 lines at most, but for `train`, which may have 80."""
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            limit = 80 if node.name == "train" else 60
+            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+def test_line_counts():
+    for name in GRAPH:
+        said = int(re.search(rf"\[`{name}.py`\]\({name}.py\) \| (\d+) \|", README).group(1))
+        assert abs(said - len(lines_of(ROOT / f"{name}.py"))) <= 0.05 * said, name
 
 
 @pytest.mark.parametrize("name", GRAPH)
 def test_import_graph(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        imported |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
     assert imported & GRAPH.keys() == GRAPH[name]
 
 
-def test_no_other_module():
-    assert {p.stem for p in ROOT.glob("*.py")} == GRAPH.keys()
+# --- words -------------------------------------------------------------------------------------------------
 
 
-def test_line_counts():
-    for name in GRAPH:
-        said = int(re.search(rf"\[`{name}.py`\]\({name}.py\) \| (\d+) \|", README).group(1))
-        assert abs(said - len((ROOT / f"{name}.py").read_text().splitlines())) <= 0.05 * said, name
-
-
-def test_links():
-    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.+)$", README, re.M)]
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(path):
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.+)$", TEXTS[path], re.M)]
     anchors = {"#" + title.replace(" ", "-") for title in titles}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[path]):
         if target.startswith("#"):
             assert target in anchors, target
         elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
 
 
-def test_flags():
+def flags_of(parser_of_help: str) -> set[str]:
+    return set(re.findall(r"--([a-z][\w-]*)", parser_of_help))
+
+
+def test_flags(monkeypatch, capsys):
+    """Every flag that a text names is one of a script's."""
     fields = [*dataclasses.fields(PretrainConfig), *dataclasses.fields(FinetuneConfig)]
     known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type is bool}
-    known |= set(vars(evaluate.parse_arguments(["CKPT", "x"]))) | set(vars(evaluate.parse_arguments(["plot", "x"])))
-    torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-    said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
-    assert said <= known | torchrun | {"preset", "help", "max-restarts", "labels"}, said - known - torchrun
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}  # torchrun's
+    known |= {"preset", "help", "model", "sets", "from", "cache", "json", "shm-size", "ipc"}
+    for module in (*SCRIPTS.values(), evaluate):
+        for command in ("scan", "stats", "pack") if module is prepare else ("",):
+            monkeypatch.setattr(sys, "argv", [module.__name__, *filter(None, [command]), "--help"])
+            with pytest.raises(SystemExit):
+                module.main()
+            known |= flags_of(capsys.readouterr().out)
+    known |= flags_of((ROOT / "tests" / "bench.py").read_text() + (RUNS / "ablations.py").read_text())
+    for path, text in TEXTS.items():
+        said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+        assert said <= known, (path, said - known)
 
 
 def test_names_in_backquotes():
     """The functions that the tables name are there."""
     source = "".join((ROOT / f"{name}.py").read_text() for name in GRAPH)
-    names = "make_targets inverse_block_mask ufo_loss ema_update sincos_2d spectrogram layer_decay_groups add_noise "
-    for name in (names + "sampling_weights").split():
-        assert f"`{name}`" in README and f"def {name}(" in source
+    names = "make_targets inverse_block_mask ufo_loss ema_update ffn_outputs".split()
+    for name in names:
+        assert f"`{name}`" in README and f"def {name}(" in source, name
+    text = TEXTS[ROOT / "extras" / "differences.md"]
+    for name in "sincos_2d spectrogram layer_decay_groups add_noise sampling_weights make_targets".split():
+        assert f"`{name}`" in text and f"def {name}(" in source, name
 
 
-def test_commands_parse():
-    for program, config, presets, least in (
-        ("pretrain.py", PretrainConfig, pretrain.PRESETS, 5),
+def test_the_method_is_quoted_from_the_files():
+    """Each line of the method stands in the file and function that the comment above it names."""
+
+    def bare(line: str) -> str:
+        return line.split("  #")[0].strip()
+
+    (excerpt,) = blocks("py")
+    code = [line for line in excerpt.splitlines() if line.strip()]
+    assert 18 <= sum(not line.startswith("#") for line in code) <= 25
+    for line in code:
+        if line.startswith("#"):
+            name, owner, function = re.match(r"# (\w+\.py), (?:(\w+)\.)?(\w+)", line).groups()
+            tree = ast.parse((ROOT / name).read_text())
+            scope = next(n for n in tree.body if getattr(n, "name", "") == owner) if owner else tree
+            node = next(n for n in ast.walk(scope) if getattr(n, "name", "") == function)
+            lines = {bare(some) for some in lines_of(ROOT / name)[node.lineno - 1 : node.end_lineno]}
+        else:
+            assert bare(line) in lines, line
+
+
+def test_promises_name_tests_that_exist():
+    promised = set(re.findall(r"`(test_\w+)`", TEXTS[ROOT / "extras" / "promises.md"]))
+    written = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_faults.py").read_text(), re.M))
+    assert promised <= written and len(promised) >= 15, promised - written
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program, config, presets, least",
+    [
+        ("pretrain.py", PretrainConfig, pretrain.PRESETS, 6),
         ("finetune.py", FinetuneConfig, finetune.PRESETS, 5),
-    ):
-        lines = commands(program)
-        assert len(lines) >= least
-        for words in lines:
-            settings = parse_config(config, presets, words[1:])
-            if program == "pretrain.py":
-                pretrain.check_config(settings, world=1)
-    assert len(commands("evaluate.py")) >= 8
-    for words in commands("evaluate.py"):
-        evaluate.parse_arguments(words[1:])
+    ],
+)
+def test_commands_of_the_trainings_are_settings(program, config, presets, least):
+    lines = commands(program)
+    assert len(lines) >= least
+    for words in lines:
+        parse_config(config, presets, words)
 
 
-def test_data_commands_run(tmp_path):
-    os.symlink(ROOT / "assets" / "demo" / "prompts", tmp_path / "my_audio")
+def test_commands_of_the_scripts_parse(monkeypatch):
+    """Each is accepted by its script's own command line; what it would do is not done here."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Parsed
+
+    monkeypatch.setattr(evaluate, "init_distributed", stop)
+    for module in (compare, listen):
+        monkeypatch.setattr(module, "init_distributed", stop)
+    monkeypatch.setattr(released, "export", stop)
+    for name in ("plot_curves", "plot_masks", "plot_attention", "plot_timeline"):
+        monkeypatch.setattr(plot, name, stop)
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "." or "." not in path)  # runs
+    programs = {f"extras/{name}.py": module for name, module in SCRIPTS.items() if module is not prepare}
+    programs["evaluate.py"] = evaluate
+    counts = dict.fromkeys(programs, 0)
+    for program, module in programs.items():
+        for words in commands(program):
+            monkeypatch.setattr(sys, "argv", [program, *words])
+            with pytest.raises((Parsed, evaluate.CheckpointError)):
+                module.main()
+            counts[program] += 1
+    assert min(counts.values()) >= 1 and counts["evaluate.py"] >= 3, counts
+
+
+def test_commands_of_prepare_run(tmp_path, script):
+    """On folders as the README has them; those of the three data sets have tests of their own."""
+    os.symlink(ROOT / "extras" / "demo" / "prompts", tmp_path / "my_audio")
     (tmp_path / "sorted").mkdir()
     for part in ("train", "test"):
-        os.symlink(ROOT / "assets" / "demo" / "syllables", tmp_path / "sorted" / part)
-    lines = commands("data.py")
-    named = ["scan", "scan", "scan", "scan", "stats", "pack", "esc50", "speechcommands", "audioset"]
-    assert [words[1] for words in lines] == named
-    for words in lines[:6]:  # the others have tests of their own
-        subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=tmp_path, check=True, capture_output=True)
-    assert Path(tmp_path, "shards", "index.json").exists()
-
-
-def test_snippets_run(tmp_path, script, monkeypatch):
-    """In order, in one session, after two updates of the demo."""
-    short = ["--updates", 2, "--warmup", 1, "--batch_size", 4, "--probe_manifest", "", "--probe_test", ""]
-    out = script("pretrain.py", "--preset", "demo", *short).stdout
-    assert "next: python data.py scan" in out
-    os.symlink(ROOT / "assets", tmp_path / "assets")
-    os.symlink(ROOT / "tests" / "golden" / "hf_finetuned", tmp_path / "EAT-base_finetune_AS2M")
-    monkeypatch.chdir(tmp_path)
-    session: dict = {}
-    for snippet in blocks("python"):
-        exec(snippet, session)
-    assert session["probabilities"].shape == (1, len(session["model"].classes))
-    assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
-    frames = session["spec"].shape[2]
-    assert session["tokens"].shape == (1, 1 + frames // 16 * 8, session["encoder"].config.width)
-    assert session["ap"].shape == (5,)
+        os.symlink(ROOT / "extras" / "demo" / "syllables", tmp_path / "sorted" / part)
+    lines, sets = commands("extras/prepare.py"), {"esc50", "speechcommands", "audioset", "released"}
+    assert {words[0] for words in lines} == {"scan", "stats", "pack"} | sets
+    for words in lines:
+        if words[0] in ("scan", "stats", "pack"):
+            script("extras/prepare.py", *words)
+    assert (tmp_path / "packed.pcm").exists() and (tmp_path / "known.tsv").exists()
 
 
 def test_the_two_setup_commands():
@@ -137,98 +231,107 @@ def test_the_two_setup_commands():
     assert "grep --max-count=1 -- '-m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_snippets_run(tmp_path, script, monkeypatch):
+    """In order, in one session."""
+    os.symlink(ROOT / "extras", tmp_path / "extras")
+    os.symlink(ROOT / "tests" / "golden" / "hf_finetuned", tmp_path / "EAT-base_finetune_AS2M")
+    monkeypatch.chdir(tmp_path)
+    session: dict = {}
+    for snippet in blocks("python"):
+        exec(snippet, session)
+    assert session["probabilities"].shape == (1, len(session["model"].classes))
+    assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
+    assert session["spec"].shape[-1] == 128 and session["ap"].shape == (5,)
+    assert session["tokens"].shape[2] == session["model"].config.width
+
+
+def test_scripts_run_from_any_folder(tmp_path):
+    """As `python extras/NAME.py`, and without a word of the folder they are started in."""
+    for name in SCRIPTS:
+        command = [sys.executable, ROOT / "extras" / f"{name}.py", "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and f"extras/{name}.py" in done.stdout, done.stderr
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def cells_of(text: str, row: str) -> list[str]:
+    return re.search(rf"^\| {re.escape(row)} \| (.+) \|$", text, re.M).group(1).split(" | ")
+
+
 def test_numbers_of_the_laptop_run():
-    """Mean and spread in the README are those of the run's own tables."""
-    tables = [json.loads((ROOT / "assets/runs/laptop" / f"{task}.json").read_text()) for task in ("drums", "mandarin")]
-    for row, drums in tables[0]["accuracy"].items():
-        cells = [
-            f"{statistics.mean(scores):.3f} ± {statistics.stdev(scores):.3f}"
-            for scores in (drums, tables[1]["accuracy"][row])
-        ]
-        assert f"| {row} | {cells[0]} | {cells[1]} |" in README
+    """Mean and spread in the texts are those of the run's own tables."""
+    text = TEXTS[RUNS / "laptop" / "README.md"]
+    tables = [json.loads((RUNS / "laptop" / f"{task}.json").read_text()) for task in ("drums", "mandarin")]
+    for row in tables[0]["accuracy"]:
+        scores = [table["accuracy"][row] for table in tables]
+        cells = [f"{statistics.mean(some):.3f} ± {statistics.stdev(some):.3f}" for some in scores]
+        assert cells_of(text, row) == cells
+        if f"| {row} |" in README:
+            assert cells_of(README, row) == cells
     for log, step, said in (
         ("pretrain1", 1000, ".657"), ("faster_teacher", 1000, ".575"), ("utterance_weight192", 400, ".504"),
         ("utterance_weight192", 200, ".422"), ("pretrain1", 400, ".537"),
     ):  # fmt: skip
-        lines = map(json.loads, (ROOT / "assets/runs/laptop" / f"{log}.jsonl").read_text().splitlines())
+        lines = map(json.loads, lines_of(RUNS / "laptop" / f"{log}.jsonl"))
         score = next(r["probe_linear"] for r in lines if r["step"] == step and "probe_linear" in r)
-        assert f"{score:.3f}"[1:] == said and said in README
+        assert f"{score:.3f}"[1:] == said and said in text
 
 
 def test_numbers_of_the_ablations():
     """Every cell of the table is made of the runs' scores; each run has its log."""
-    folder = ROOT / "assets/runs/ablations"
+    folder, text = RUNS / "ablations", TEXTS[RUNS / "ablations" / "README.md"]
     found = json.loads((folder / "ablations.json").read_text())
 
     def cell(scores: list[float]) -> str:
         return f"{statistics.mean(scores):.3f} ± {(max(scores) - min(scores)) / 2:.3f}"
 
     tuned = found.pop("fine_tuned")
-    assert f"{cell(tuned['mean'])} against {cell(tuned['cls'])}" in README
+    assert f"{cell(tuned['mean'])} against {cell(tuned['cls'])}" in text
     rows = [(name, runs, "linear") for axis in found.values() for name, runs in axis.items()]
     base = found["utterance weight"]["1"]
     rows += [("CLS", base, "linear, CLS"), ("mean patch", base, "linear, mean"), ("both", base, "linear")]
     for name, runs, probe in rows:
         cells = (cell([run[task][probe] for run in runs]) for task in ("drums", "mandarin", "events"))
-        assert f"| {name} | {' | '.join(cells)} |" in README
+        assert f"| {name} | {' | '.join(cells)} |" in text
     gains = [
         run[task]["linear"] - axis["untrained"][seed][task]["linear"]
         for axis in found.values() for name in axis.keys() - {"untrained"}
         for seed, run in enumerate(axis[name]) for task in ("drums", "mandarin", "events")
     ]  # fmt: skip
-    assert 0.01 < min(gains) < 0.02 and 0.23 < max(gains) < 0.24 and "by 1 to 23 points" in README
+    assert 0.01 < min(gains) < 0.02 and 0.23 < max(gains) < 0.24 and "by 1 to 23 points" in text
     assert len(list(folder.glob("*.jsonl"))) == 28
 
 
 def test_numbers_of_the_bench():
-    found = json.loads((ROOT / "assets/runs/speed/cpu.json").read_text())
+    text = TEXTS[RUNS / "speed" / "README.md"]
+    found = json.loads((RUNS / "speed" / "cpu.json").read_text())
     for key, form in (
-        ("update (s)", "{:.2f} s"), ("update (GFLOP/s)", "{:.0f} GFLOP/s"), ("update / matrix product", "{:.2f} "),
-        ("peak memory (GiB)", "{:.2f} GiB"), ("decoding flac alone, one process (clips/s)", "{:.0f} clips/s"),
+        ("update (s)", "{:.2f} s"), ("update (GFLOP/s)", "{:.0f} GFLOP/s"),
+        ("update / matrix product", "{:.2f} "), ("peak memory (GiB)", "{:.2f} GiB"),
+        ("decoding flac alone, one process (clips/s)", "{:.0f} clips/s"),
         ("loader, flac files, 2 workers (clips/s)", "{:.0f} clips/s"),
-        ("loader, packed, 2 workers (clips/s)", "{:.0f} clips/s"), ("2,000,000 lines: opening (s)", "{:.1f} s"),
+        ("loader, packed, 2 workers (clips/s)", "{:.0f} clips/s"),
+        ("2,000,000 lines: opening (s)", "{:.1f} s"),
         ("2,000,000 lines: memory that a worker adds (MiB)", "{:.1f} MiB"),
     ):  # fmt: skip
-        assert f"| {form.format(found[key])}" in README, key
+        assert f"| {form.format(found[key])}" in text, key
     first = found["DDP: the first part starts after this share of the backward"]
     last = found["DDP: the last part starts after this share of the backward"]
-    assert f"starts after {first:.0%}".replace("%", " %") in README and f"the last after {last:.0%}"[:-1] in README
+    assert f"starts after {first:.0%}".replace("%", " %") in text
+    assert f"the last after {last:.0%}"[:-1] in text
     per_update = found["DDP: gradients averaged in an update (MB)"]
-    assert all(f"{2 * (n - 1) / n * per_update:.0f} MB with {n}" in README for n in (4, 64))
+    assert all(f"{2 * (n - 1) / n * per_update:.0f} MB with {n}" in text for n in (4, 64))
 
 
 def test_the_arithmetic_of_an_update():
-    flops = update_flops(dataclasses.replace(PretrainConfig(), batch_size=12))
+    text, flops = TEXTS[RUNS / "speed" / "README.md"], update_flops(PretrainConfig(batch_size=12))
     for part, count in flops.items():
-        assert re.search(rf"^{part} .* {count / 1e12:.2f} TFLOP$", README, re.M), part
+        assert re.search(rf"^{part} .* {count / 1e12:.2f} TFLOP$", text, re.M), part
     total = sum(flops.values())
-    assert f"{total / 1e12:.2f} TFLOP" in README and f"{total * 4 * 400_000:.2e}".replace("e+", "e") in README
+    assert f"{total / 1e12:.2f} TFLOP" in text and f"{total * 4 * 400_000:.2e}".replace("e+", "e") in text
     for card, peak in (("RTX 3090", 71), ("A100", 312), ("H200", 989)):
         hours = [total * 400_000 / (share * peak * 1e12) / 3600 for share in (0.35, 0.5)]
         cells = [f"{h:.1f}" if h < 10 else f"{h:.0f}" for h in hours]
-        assert f"| {card} | {peak} TFLOP/s | {cells[0]} h | {cells[1]} h |" in README
-
-
-def test_the_method_is_quoted_from_the_files():
-    """Each line of the forty stands in the file that the comment above it names."""
-
-    def bare(line: str) -> str:
-        return line.split("  #")[0].strip()
-
-    (excerpt,) = blocks("py")
-    code = [line for line in excerpt.splitlines() if line.strip()]
-    assert 30 <= sum(not line.startswith("#") for line in code) <= 45
-    for line in code:
-        if line.startswith("#"):
-            name, function = re.match(r"# (\w+\.py), (?:\w+\.)?(\w+)", line).groups()
-            source = (ROOT / name).read_text()
-            lines = {bare(some) for some in source.splitlines()}
-            assert f"def {function}(" in source, line
-        else:
-            assert bare(line) in lines, line
-
-
-def test_promises_name_tests_that_exist():
-    promised = set(re.findall(r"`(test_\w+)`", README))
-    written = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_faults.py").read_text(), re.M))
-    assert promised == written
+        assert f"| {card} | {peak} TFLOP/s | {cells[0]} h | {cells[1]} h |" in text
