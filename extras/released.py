@@ -1,6 +1,6 @@
 """Released weights: read by model.read_pretrained, and written.
 
-    python extras/released.py CKPT DIR     config.json and model.safetensors (Hugging Face), fairseq.pt
+    python extras/released.py CKPT DIR    a Hugging Face folder with a model card; in it, fairseq.pt
 
 Any checkpoint is a source, own or released; what was read comes out bit for bit. What is read is data:
 nothing in a file is run. The Hugging Face layout, which needs the package safetensors, has neither decoder
@@ -35,6 +35,8 @@ NAMES = (
     ("decoder.proj.", IMAGE + "decoder.proj.", None),
     ("pos_embed", IMAGE + "fixed_positional_encoder.positions", "fixed_positional_encoder.positions"),
 )
+CODE = "worstchan/EAT-base_epoch30_pretrain--"  # its code for Hugging Face's transformers reads our exports
+AUTO = dict(Config="configuration_eat.EATConfig", Model="modeling_eat.EATModel")
 NORMS = {"esc50_eval": (-6.627, 5.359), "spcv2_eval": (-6.846, 5.565)}  # flags of fairseq's task settings
 
 # What released files hold beside tensors and plain values, in their settings: read as inert placeholders
@@ -57,7 +59,11 @@ class Inert:
 
 def read_released(path: str, state: dict) -> dict:
     """What model.read_pretrained returns, of released weights: a fairseq file, of which `state` is what
-    could be read without INERT_TYPES, or a Hugging Face folder. Raises CheckpointError."""
+    could be read without INERT_TYPES, a Hugging Face folder, or the name of one on the Hub (owner/name).
+    Raises CheckpointError."""
+    is_name = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", path)  # runs/NAME is a run folder, even if missing
+    if is_name and not os.path.lexists(os.path.dirname(path)):
+        path = fetch(path)
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "model.safetensors")):
         path = os.path.join(path, "model.safetensors")
     if os.path.isdir(path):
@@ -71,6 +77,23 @@ def read_released(path: str, state: dict) -> dict:
         if not isinstance(state.get("model"), dict) or not isinstance(state.get("cfg"), dict):
             raise ValueError(f"it holds {', '.join(map(str, list(state)[:5]))}")
         return from_fairseq(state)
+
+
+def fetch(name: str) -> str:
+    """The folder with config and weights of a model on the Hugging Face Hub, downloaded once; never code.
+    Raises CheckpointError."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        cure = "to look for it on the Hugging Face Hub: pip install huggingface_hub safetensors"
+        raise CheckpointError(f"there is no file or folder {name}; {cure}") from None
+    try:
+        folder = os.path.dirname(hf_hub_download(name, "config.json"))
+        hf_hub_download(name, "model.safetensors", revision=os.path.basename(folder))  # of the same commit
+        return folder
+    except Exception as error:  # whatever its HTTP library makes of the network
+        said = f"{type(error).__name__}: {(str(error).strip() or 'no more').splitlines()[0]}"
+        raise CheckpointError(f"there is no file or folder {name}, nor on the Hub ({said})") from None
 
 
 def renamed(weights: dict[str, Tensor], column: int, prefix: str) -> dict[str, Tensor]:
@@ -157,7 +180,8 @@ def from_hugging_face(path: Path) -> dict:
     network = network_of(weights, **claimed | ours.get("input", {}))
     if "head.weight" not in weights:
         return dict(network=network, student=weights, teacher=None)
-    head = dict(classes=name_classes([], weights), norm_eps=1e-5)  # as the published code makes this norm
+    names = list(config.get("id2label", {}).values())
+    head = dict(classes=name_classes(names, weights), norm_eps=1e-5)  # as the published code makes this norm
     return dict(network=network, classifier=weights, head=head | ours.get("head", {}))
 
 
@@ -209,8 +233,12 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
         drop_rate=0.0, attn_drop_rate=0.0, activation_dropout=0.0,
         post_mlp_drop=0.0, start_drop_path_rate=0.0, end_drop_path_rate=0.0, layer_norm_first=False,
         norm_eps=NORM_EPS, norm_affine=True, fixed_positions=True, img_size=[n["clip_frames"], n["mel_bins"]],
+        id2label={str(i): name for i, name in enumerate(classes.values())},
+        auto_map={f"Auto{kind}": CODE + name for kind, name in AUTO.items()},
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    card = model_card(folder.resolve().name, state, sum(map(torch.numel, encoder.values())))
+    (folder / "README.md").write_text(card)
 
     model = released(weights, 0, "model." if head else "")
     if state.get("teacher"):
@@ -221,6 +249,20 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
         task_state=dict(labels=labels) if head else {}, extra_state={}, last_optimizer_state=None, **ours,
     )  # fmt: skip
     torch.save(fairseq, folder / "fairseq.pt")
+
+
+def model_card(name: str, state: dict, n_parameters: int) -> str:
+    """The README of an exported folder: extras/model_card.md, filled in."""
+    run, training, classes, what = state.get("settings", {}), "", "", "pre-trained without labels"
+    if run.keys() >= {"batch_size", "data"}:
+        clips = f"{run['batch_size']} clips from {Path(run['data']).name}"
+        training = f"Trained for {state['step']:,} updates of {clips}."
+    if head := state.get("head"):
+        what, names = "fine-tuned", list(head["classes"].values())
+        classes = f" {len(names)} classes: {', '.join(names[:20])}{' ...' if len(names) > 20 else '.'}"
+    template = Path(__file__).with_name("model_card.md").read_text()
+    filled = dict(name=name, what=what, parameters=f"{n_parameters:,}", training=training, classes=classes)
+    return template.format(**filled, **state["network"])
 
 
 def fairseq_settings(n: dict, classes: dict) -> dict:
@@ -261,7 +303,7 @@ def main() -> int:
     parser.add_argument("folder", help="new folder")
     args = parser.parse_args()
     export(args.checkpoint, args.folder)
-    print(f"{args.folder}: config.json and model.safetensors (Hugging Face), fairseq.pt")
+    print(f"{args.folder}: config.json, model.safetensors and README.md (Hugging Face); fairseq.pt")
     return 0
 
 

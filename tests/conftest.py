@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: small audio files made from a formula, and a quick way to run a script."""
 
 import dataclasses
+import gc
 import json
 import os
 import select
@@ -14,7 +15,9 @@ import pytest
 import soundfile
 import torch
 
-from evaluate import run_script
+import finetune
+import pretrain
+from evaluate import parse_config, run_script
 from model import MODELS, AudioClassifier, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -58,17 +61,20 @@ def starter():
 def script(tmp_path, starter):
     """Runs a script of the project in tmp_path: script("evaluate.py", "run", ...) -> CompletedProcess."""
 
-    def run(name: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    def run(
+        name: str, *args, processes: int = 1, check: bool = True, **environment
+    ) -> subprocess.CompletedProcess:
+        env = ENVIRONMENT | environment
         command = [str(ROOT / name), *map(str, args)]
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *torchrun, *command]
-            run = dict(cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
+            run = dict(cwd=tmp_path, env=env, text=True, capture_output=True, timeout=600)
             result = subprocess.run(command, **run)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 out, err = Path(folder, "out"), Path(folder, "err")
-                request = dict(argv=command, cwd=str(tmp_path), env=ENVIRONMENT, out=str(out), err=str(err))
+                request = dict(argv=command, cwd=str(tmp_path), env=env, out=str(out), err=str(err))
                 print(json.dumps(request), file=starter.stdin, flush=True)
                 if not select.select([starter.stdout], [], [], 600)[0]:
                     os.killpg(starter.pid, signal.SIGKILL)
@@ -96,6 +102,38 @@ def called(tmp_path, monkeypatch, capfd):
         return result
 
     return call
+
+
+def in_process(module, config, folder, monkeypatch):
+    """A function that does in `folder`, in this process, what a script does with the flags that it is given.
+
+    It returns the exit status, or raises the InputError whose words the script would print. One thread, as
+    in the processes that `script` starts.
+    """
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+
+    def run(*args) -> int:
+        torch.set_num_threads(1)
+        try:
+            return module.train(parse_config(config, module.PRESETS, [*map(str, args)]))
+        finally:
+            gc.collect()  # lets go of the run's lock
+            torch.set_num_threads(threads)
+
+    return run
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Pre-trains in tmp_path: train("--data", ...) -> exit status. Quicker than `script`."""
+    return in_process(pretrain, pretrain.PretrainConfig, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """Fine-tunes in tmp_path: tune("--data", ...) -> exit status. Quicker than `script`."""
+    return in_process(finetune, finetune.FinetuneConfig, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_parity import GOLDEN, assert_near
 
 from model import (
@@ -169,8 +170,8 @@ def test_export_has_the_published_keys_shapes_and_fields(tmp_path, name):
             assert torch.equal(ours[key], value), key
     texts = ((folder / "config.json").read_text() for folder in (tmp_path / "out", theirs))
     config, expected = map(json.loads, texts)
-    assert list(config) == list(expected)
-    different = {key for key in config if config[key] != expected[key]}
+    assert [key for key in config if key not in ("auto_map", "id2label")] == list(expected)
+    different = {key for key in expected if config[key] != expected[key]}
     assert different <= {"max_length"} | (set() if is_tuned else {"num_classes"})
 
 
@@ -274,6 +275,25 @@ def test_round_trip_of_our_classifier(tmp_path, layout):
     model = AudioClassifier.from_pretrained(tmp_path / "out" / layout)
     assert model.classes == {"a": "A bird, singing", "b": "Bell"} and model.exclusive
     assert (model.config.clip_frames, model.config.norm_mean, model.config.norm_std) == (64, -5.0, 3.0)
+
+
+def test_an_export_says_whose_code_reads_it_and_what_it_is(tmp_path):
+    """As transformers resolves auto_map, repository--module.Class; and the card has what a user must know."""
+    export(our_classifier(tmp_path), tmp_path / "my-eat")
+    config = json.loads((tmp_path / "my-eat" / "config.json").read_text())
+    repository = "worstchan/EAT-base_epoch30_pretrain"
+    assert config["auto_map"]["AutoModel"] == f"{repository}--modeling_eat.EATModel"
+    assert config["auto_map"]["AutoConfig"] == f"{repository}--configuration_eat.EATConfig"
+    assert config["id2label"] == {"0": "A bird, singing", "1": "Bell"}
+    card = (tmp_path / "my-eat" / "README.md").read_text()
+    assert card.startswith("---\nlicense: ") and "{" not in card
+    for words in ("# my-eat", "(x - (-5.0)) / (2 * 3.0)", "64 frames", "A bird, singing, Bell", "Licence"):
+        assert words in card
+    foreign = tmp_path / "foreign"  # without what we add for ourselves, the names still travel
+    foreign.mkdir()
+    save_file(weights_of(tmp_path / "my-eat"), foreign / "model.safetensors")
+    shutil.copy(tmp_path / "my-eat" / "config.json", foreign)
+    assert list(AudioClassifier.from_pretrained(foreign).classes) == ["A bird, singing", "Bell"]
 
 
 def test_round_trip_of_a_pretraining_run(folder, script):
