@@ -1,7 +1,9 @@
 """What do files sound like? The likeliest classes, or an encoder's features; of any length, window by window.
 
-    python extras/listen.py CKPT clip.mp3 folder/            the likeliest classes, of a fine-tuned network
-    python extras/listen.py CKPT folder/ --features DIR      a .npz for each file: cls, patches, frames, times
+    python extras/listen.py CKPT clip.mp3 folder/            a line a file: its three likeliest classes
+    python extras/listen.py CKPT long.mp3 --timeline         what is heard when
+    python extras/listen.py CKPT folder/ --features DIR      a .npz a file: cls, patches, frames, times
+    python extras/listen.py CKPT x.tsv --features x.npz      a row a clip: features, labels, files
 
 CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights.
 """
@@ -9,6 +11,7 @@ CKPT is what model.read_pretrained knows: a run folder, a .pt file, released wei
 import argparse
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,13 +25,85 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
-    FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, SILENCE, Clip, InputError, check_peak, clip_samples, collate,
-    read_pieces, spectrogram,
+    AUDIO_SUFFIXES, FRAME_LENGTH, FRAME_SHIFT, MAX_SAMPLES, SAMPLE_RATE, SILENCE, AudioDataset, Clip,
+    InputError, check_peak, clip_samples, collate, open_audio, read_pieces, spectrogram, whole_rate,
 )  # fmt: skip
-from evaluate import init_distributed, load_classifier, run_script, tokens_after  # noqa: E402
+from evaluate import (  # noqa: E402
+    POOLINGS, init_distributed, load_classifier, pooled, predict, run_script, tokens_after,
+)  # fmt: skip
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
-from prepare import count_samples, find_audio  # noqa: E402
+# Of mp3: kbit/s by the four bits in a frame's header, in MPEG 1, and in MPEG 2 and 2.5; what divides its rate
+KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+KBITS_2 = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+DIVISORS = {3: 1, 2: 2, 0: 4}  # by the two bits of the version; 1 is none
+
+
+def find_audio(folder: str | os.PathLike) -> list[Path]:
+    """Audio files below a folder, sorted; through links, but not in circles. Raises InputError if none."""
+    paths, seen = [], set()
+
+    def warn(error: OSError) -> None:
+        print(f"WARNING: {error.filename} cannot be opened: {error.strerror}", file=sys.stderr)
+
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder")
+    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
+        if os.path.realpath(where) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        paths += [Path(where, name) for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+    if not paths:
+        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
+    return sorted(paths)
+
+
+def mp3_samples(path: str | os.PathLike) -> int:
+    """Samples that an mp3 holds, by the headers of its frames: the length it claims is often an estimate."""
+    data = Path(path).read_bytes()
+    size = data[6:10] if data[:3] == b"ID3" else b""
+    at, n_samples = (10 if size else 0) + sum(byte << 7 * (3 - i) for i, byte in enumerate(size)), 0
+    while 0 <= at <= len(data) - 4:
+        head = int.from_bytes(data[at : at + 4], "big")
+        version, layer, bits, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
+        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bits in (0, 15) or rate == 3:
+            at = data.find(b"\xff", at + 1)  # no frame: look for the next
+            continue
+        hz, length = (44_100, 48_000, 32_000)[rate] // DIVISORS[version], 1152 if version == 3 else 576
+        n_samples += length
+        at += length // 8 * 1000 * (KBITS if version == 3 else KBITS_2)[bits - 1] // hz + (head >> 9 & 1)
+    return n_samples
+
+
+def count_samples(path: str | os.PathLike) -> int:
+    """Samples at 16 kHz that can be read from a file, which may claim more. Raises InputError if it cannot
+    be used, or holds more than it claims: that would be lost, because libsndfile stops there."""
+    with open_audio(path) as file:
+        n, rate = file.frames, file.samplerate
+        held = mp3_samples(path) if file.format == "MP3" else n
+        width = dict(PCM_16=2, PCM_24=3, PCM_32=4, FLOAT=4, DOUBLE=8).get(file.subtype, 0) * file.channels
+        if file.format in ("WAV", "WAVEX") and width and os.path.getsize(path) - n * width > 2**31:
+            held = os.path.getsize(path) // width  # its size has 32 bits, and wrapped
+        if held > n * 1.02 + rate / 2:
+            raise InputError(f"claims {n / rate:.1f} s and holds {held / rate:.1f} s: convert it")
+        n = min(n, held)
+        if n < MAX_SAMPLES * rate / SAMPLE_RATE and not reaches(file, n - 1):
+            with open_audio(path) as again:  # from the start, where the end cannot be reached
+                n = sum(len(block) for block in again.blocks(2**20, dtype="int16", frames=n))
+        n_samples = n * SAMPLE_RATE // whole_rate(rate)
+    if not FRAME_LENGTH <= n_samples < MAX_SAMPLES:
+        raise InputError(f"has {n_samples / SAMPLE_RATE:.3f} s, not from 0.025 s to 37 hours")
+    return n_samples
+
+
+def reaches(file, frame: int) -> bool:
+    """Whether a frame of an open soundfile.SoundFile can be read."""
+    try:
+        file.seek(frame)
+        return len(file.read(1)) == 1
+    except Exception:  # whatever libsndfile and its wrapper make of a damaged file
+        return False
 
 
 class Window(NamedTuple):
@@ -48,6 +123,8 @@ def hear(
     there is sound: (windows, what is wrong with the file or ""). Of a long file only a batch is in memory."""
     width, hop = clip_samples(config.clip_frames), config.clip_frames * FRAME_SHIFT
     pieces, waiting, windows, problem, at_end = read_pieces(path, width, hop), [], [], "", False
+    form = dict(unit="s", delay=2, leave=False, disable=None)
+    bar = tqdm(total=round(claimed_seconds(path)), desc=path.name, **form)
     while not at_end:
         try:
             piece = next(pieces)
@@ -65,6 +142,8 @@ def hear(
                 ends = (begin / SAMPLE_RATE, (begin + len(clip.waveform)) / SAMPLE_RATE)
                 windows.append(Window(*ends, None if is_silent else output))
             waiting = []
+            bar.update(round(windows[-1].end) - bar.n)
+    bar.close()
     if all(window.output is None for window in windows):
         return [], problem or ("silent" if windows else "too short")
     if not problem:
@@ -73,6 +152,15 @@ def hear(
         except InputError as error:  # it holds more than can be read
             return windows, str(error)
     return windows, problem and f"{problem} (after {clock(windows[-1].end)})"
+
+
+def claimed_seconds(path: Path) -> float:
+    """Length of a file as it says itself, 0 if it cannot be read."""
+    try:
+        with open_audio(path) as file:
+            return file.frames / file.samplerate
+    except InputError:
+        return 0.0
 
 
 def clock(seconds: float) -> str:
@@ -103,14 +191,22 @@ def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5
     return record
 
 
-def in_words(record: dict) -> str:
-    """What `tag` returns, for people."""
-    lines = [record["file"] + (f"  ({record['seconds']} s)" if "seconds" in record else "")]
-    lines += [f"    cannot be used: {record['error']}"] if "error" in record else []
-    lines += [f"    {p:.3f}  {name}" for name, p in record.get("top", {}).items()]
-    for window in record.get("windows", []):
-        top = ", ".join(f"{name} {p:.2f}" for name, p in (window["top"] or {"silence": 1.0}).items())
-        lines.append(f"    {clock(window['start']):>10s}  {top}")
+def in_words(record: dict, timeline: bool) -> str:
+    """What `tag` returns, for people: a line and, with `timeline`, one for each stretch of like windows."""
+    best = ", ".join(f"{name} {p:.2f}" for name, p in list(record.get("top", {}).items())[:3])
+    problem = f"not usable: {record['error']}" if "error" in record else ""
+    if best and problem:
+        problem = f"(heard in part: {record['error']})"
+    lines = ["  ".join(filter(None, (record["file"], best, problem)))]
+    stretches = []
+    for window in record.get("windows", []) if timeline else []:
+        name, p = next(iter((window["top"] or {"silence": 1.0}).items()))
+        if not stretches or stretches[-1]["name"] != name:
+            stretches.append(dict(name=name, start=window["start"], scores=[]))
+        stretches[-1].update(end=window["end"], scores=[*stretches[-1]["scores"], p])
+    for s in stretches:
+        span = f"{clock(s['start'])} to {clock(s['end'])}"
+        lines.append(f"    {span:20s}  {s['name']} {sum(s['scores']) / len(s['scores']):.2f}")
     return "\n".join(lines)
 
 
@@ -139,7 +235,9 @@ def features(
 
 def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path]:
     """Where the features of each file go: DIR/name.npz, or of one file the .npz itself. Raises InputError."""
-    if os.path.exists(output):
+    if Path(output).suffix not in ("", ".npz"):
+        raise InputError(f"{output}: features are written as .npz, or into a folder")
+    if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
         raise InputError(f"{output} exists: remove it or choose another name")
     if output.endswith(".npz") and len(files) > 1:
         raise InputError(f"{output} is for one file: name a folder for the features of {len(files)}")
@@ -151,48 +249,77 @@ def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path
     return [Path(output, f"{name}.npz") for name in names]
 
 
+def write_manifest_features(args: argparse.Namespace, encoder: Encoder, device: torch.device) -> int:
+    """Write the features of a manifest's clips, as the probes see them; returns the exit status."""
+    data = AudioDataset(args.inputs[0], encoder.config.clip_frames, segments=False, allow_silence=True)
+    found = predict(pooled(encoder, args.pooling, args.block), data, encoder.config, device, args.workers)
+    for problem in found.problems:
+        print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
+    items = found.items.tolist()
+    arrays = dict(labels=[",".join(data.labels(i)) for i in items], files=[data.name(i) for i in items])
+    np.savez(args.features, features=found.values.numpy(), **{k: np.array(v) for k, v in arrays.items()})
+    n_cut = int((data.manifest.n_samples[data.line[found.items]] > clip_samples(data.n_frames)).sum())
+    n_bad = len(found.problems) + len(data.too_short)
+    print(f"{args.features}: features {tuple(found.values.shape)}; {n_bad} clips cannot be used")
+    if n_cut:
+        print(f"{n_cut} clips are longer than {data.n_frames} frames: the features are of their beginning")
+    return 0
+
+
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
-    parser.add_argument("inputs", nargs="+", help="audio files and folders")
+    parser.add_argument("inputs", nargs="+", help="audio files and folders; for features also a manifest")
     parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
-    parser.add_argument("--top_k", type=int, default=5, help="classes to print for a file")
+    parser.add_argument("--timeline", action="store_true", help="also print what is heard when")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
-    parser.add_argument("--features", default="", help="write features into this folder; of one file, a .npz")
+    parser.add_argument("--top_k", type=int, default=5, help="classes for a file or window in JSON")
+    parser.add_argument("--features", default="", help="write features into this folder or .npz")
     parser.add_argument("--block", type=int, default=0, help="of the features: from 1 on, 0 = the last")
+    parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="of a manifest's features")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes for a manifest")
     parser.add_argument("--teacher", action="store_true", help="features of a pre-training run's teacher")
     args = parser.parse_args()
     _, world, device = init_distributed()
     if world > 1 or args.top_k < 1:
         raise InputError("this needs one process, without torchrun, and a --top_k above 0")
-    if args.features:
-        encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
-        encode = tokens_after(encoder, args.block)
-    else:
-        model = load_classifier(args.checkpoint, args.classes).to(device)
+    is_manifest = args.features and args.inputs[0].endswith(".tsv")
+    if is_manifest and (len(args.inputs) > 1 or not args.features.endswith(".npz")):
+        raise InputError("the features of a manifest, one at a time, go into one .npz")
     files = [  # and the folder that names each
         (path, root if root.is_dir() else path.parent)
         for root in map(Path, args.inputs) for path in (find_audio(root) if root.is_dir() else [root])
     ]  # fmt: skip
     n_good, places = 0, places_of_features(args.features, files) if args.features else [None] * len(files)
-    for (path, _), place in tqdm([*zip(files, places)], disable=len(files) == 1 or None, leave=False):
-        if not args.features:
-            record = tag(model, path, device, args.top_k)
-            tqdm.write(json.dumps(record) if args.json else in_words(record))
-            n_good += "top" in record
-            continue
-        arrays, problem = features(encode, path, encoder.config, device)
-        if problem:
-            tqdm.write(f"{path} cannot be used: {problem}", file=sys.stderr)
-        if arrays:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(place, **arrays)
-            n_good += 1
     if args.features:
-        print(f"{args.features}: features of {n_good} files; {len(files) - n_good} cannot be used")
+        encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
+        encode = tokens_after(encoder, args.block)
+    else:
+        model = load_classifier(args.checkpoint, args.classes).to(device)
+    if is_manifest:
+        return write_manifest_features(args, encoder, device)
+    for (path, _), place in tqdm([*zip(files, places)], disable=len(files) == 1 or None, leave=False):
+        if args.features:
+            arrays, problem = features(encode, path, encoder.config, device)
+            if arrays:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(place, **arrays)
+            n_good += bool(arrays)
+            if problem:
+                tqdm.write(f"{path} cannot be used: {problem}", file=sys.stderr)
+        else:
+            record = tag(model, path, device, args.top_k)
+            n_good += "top" in record
+            tqdm.write(json.dumps(record) if args.json else in_words(record, args.timeline))
+    summary = f"{len(files)} files, {len(files) - n_good} not usable"
+    if args.features:
+        print(f"{args.features}: features of {summary}")
+    elif len(files) > 1:
+        print(summary, file=sys.stderr)
     return int(n_good == 0)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe (| head) ends it without a word
     run_script(main)

@@ -1,6 +1,7 @@
 """Manifests: of your own audio, of three public data sets; statistics of one; a packed copy of its audio.
 
-    python extras/prepare.py scan DIR -o train.tsv           every audio file below DIR; --labels: by folders
+    python extras/prepare.py scan DIR -o train.tsv           every audio file below DIR
+    python extras/prepare.py scan DIR --labels -o train.tsv  labelled by folders; or by a table: --labels CSV
     python extras/prepare.py stats train.tsv                 mean and std for --norm_mean and --norm_std
     python extras/prepare.py pack train.tsv packed.tsv       decode once, into packed.pcm: --data packed.tsv
     python extras/prepare.py esc50 ESC-50-master -o esc50/   train1.tsv, test1.tsv, ... of five folds
@@ -28,83 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
-    AUDIO_SUFFIXES, CLIP_FRAMES, FRAME_LENGTH, FRAME_SHIFT, MAX_SAMPLES, SAMPLE_RATE, AudioDataset,
-    InputError, Manifest, build_loader, check_peak, first_line, log_mel, open_audio, read_lines, read_pieces,
-    silence_libraries, whole_rate, write_lines,
+    CLIP_FRAMES, FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, AudioDataset, InputError, Manifest, build_loader,
+    check_peak, first_line, log_mel, read_lines, read_pieces, silence_libraries, write_lines,
 )  # fmt: skip
 from evaluate import init_distributed, read_classes, run_script  # noqa: E402
 
-# Of mp3: kbit/s by the four bits in a frame's header, in MPEG 1, and in MPEG 2 and 2.5; what divides its rate
-KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-KBITS_2 = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-DIVISORS = {3: 1, 2: 2, 0: 4}  # by the two bits of the version; 1 is none
-
-
-def find_audio(folder: str | os.PathLike) -> list[Path]:
-    """Audio files below a folder, sorted; through links, but not in circles. Raises InputError if none."""
-    paths, seen = [], set()
-
-    def warn(error: OSError) -> None:
-        print(f"WARNING: {error.filename} cannot be opened: {error.strerror}", file=sys.stderr)
-
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder} is not a folder")
-    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
-        if os.path.realpath(where) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        paths += [Path(where, name) for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
-    if not paths:
-        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
-    return sorted(paths)
-
-
-def mp3_samples(path: str | os.PathLike) -> int:
-    """Samples that an mp3 holds, by the headers of its frames: the length it claims is often an estimate."""
-    data = Path(path).read_bytes()
-    size = data[6:10] if data[:3] == b"ID3" else b""
-    at, n_samples = (10 if size else 0) + sum(byte << 7 * (3 - i) for i, byte in enumerate(size)), 0
-    while 0 <= at <= len(data) - 4:
-        head = int.from_bytes(data[at : at + 4], "big")
-        version, layer, bits, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
-        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bits in (0, 15) or rate == 3:
-            at = data.find(b"\xff", at + 1)  # no frame: look for the next
-            continue
-        hz, length = (44_100, 48_000, 32_000)[rate] // DIVISORS[version], 1152 if version == 3 else 576
-        n_samples += length
-        at += length // 8 * 1000 * (KBITS if version == 3 else KBITS_2)[bits - 1] // hz + (head >> 9 & 1)
-    return n_samples
-
-
-def count_samples(path: str | os.PathLike) -> int:
-    """Samples at 16 kHz that can be read from a file, which may claim more. Raises InputError if it cannot
-    be used, or holds more than it claims: that would be lost, because libsndfile stops there."""
-    with open_audio(path) as file:
-        n, rate = file.frames, file.samplerate
-        held = mp3_samples(path) if file.format == "MP3" else n
-        width = dict(PCM_16=2, PCM_24=3, PCM_32=4, FLOAT=4, DOUBLE=8).get(file.subtype, 0) * file.channels
-        if file.format in ("WAV", "WAVEX") and width and os.path.getsize(path) - n * width > 2**31:
-            held = os.path.getsize(path) // width  # its size has 32 bits, and wrapped
-        if held > n * 1.02 + rate / 2:
-            raise InputError(f"claims {n / rate:.1f} s and holds {held / rate:.1f} s: convert it")
-        n = min(n, held)
-        if n < MAX_SAMPLES * rate / SAMPLE_RATE and not reaches(file, n - 1):
-            with open_audio(path) as again:  # from the start, where the end cannot be reached
-                n = sum(len(block) for block in again.blocks(2**20, dtype="int16", frames=n))
-        n_samples = n * SAMPLE_RATE // whole_rate(rate)
-    if not FRAME_LENGTH <= n_samples < MAX_SAMPLES:
-        raise InputError(f"has {n_samples / SAMPLE_RATE:.3f} s, not from 0.025 s to 37 hours")
-    return n_samples
-
-
-def reaches(file, frame: int) -> bool:
-    """Whether a frame of an open soundfile.SoundFile can be read."""
-    try:
-        file.seek(frame)
-        return len(file.read(1)) == 1
-    except Exception:  # whatever libsndfile and its wrapper make of a damaged file
-        return False
+from listen import count_samples, find_audio  # noqa: E402
 
 
 def printable(name: str) -> str:
@@ -112,8 +42,8 @@ def printable(name: str) -> str:
     return name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
 
 
-def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], missing: list[str] = ()) -> None:
-    """Write a manifest of (file below `folder`, labels); what cannot be used goes to `output`.bad.
+def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad: list[str] = ()) -> None:
+    """Write a manifest of (file below `folder`, labels); `bad` and what cannot be used go to `output`.bad.
 
     Raises InputError if one of the two exists or no file can be used.
     """
@@ -136,17 +66,18 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], miss
         raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
         rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
-    good, bad = ([row[i] for row in rows if row[i]] for i in (0, 1))
-    bad += [f"{printable(name)}\tno such file" for name in missing]
+    good, bad = [row[0] for row in rows if row[0]], [*(row[1] for row in rows if row[1]), *bad]
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     if bad:
         write_lines(f"{output}.bad", bad)
     if not good:
         raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
     write_lines(output, [os.path.abspath(folder), *good])
-    hours = sum(int(row.split("\t")[1]) for row in good) / SAMPLE_RATE / 3600
+    hours = [int(row.split("\t")[1]) / SAMPLE_RATE / 3600 for row in good]
     left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
-    print(f"{output}: {len(good)} clips, {hours:.2f} h{left_out}")
+    print(f"{output}: {len(good)} clips, {sum(hours):.2f} h{left_out}")
+    if any(h > 1 / 12 and row.split("\t")[0].lower().endswith(".mp3") for h, row in zip(hours, good)):
+        print("long mp3 files are slow to read in pieces: `prepare.py pack` decodes them once")
 
 
 def check_label(label: str) -> str:
@@ -156,12 +87,25 @@ def check_label(label: str) -> str:
     return label
 
 
-def scan(folder: str, output: str, labels: bool) -> None:
-    """A manifest of every audio file below a folder, with --labels labelled by the folder that it lies in."""
-    files = [(path, check_label(path.parent.name) if labels else "") for path in find_audio(folder)]
-    if labels and (loose := [path for path, _ in files if path.parent == Path(folder)]):
-        raise InputError(f"{loose[0]} lies in no folder below {folder} that could label it (--labels)")
-    write_manifest(output, folder, files)
+def scan(folder: str, output: str, labels: str | None) -> None:
+    """A manifest of every audio file below a folder; labelled, with "", by the folders that they lie in, or
+    by a table of rows file,label[,label]. What has no label is left out."""
+    files = find_audio(folder)
+    if labels is None:
+        return write_manifest(output, folder, [(path, "") for path in files])
+    found = {path: [path.parent.name] for path in files if path.parent != Path(folder)}
+    if labels:
+        rows = read_table(labels)
+        rows = rows[rows[:1] and rows[0][0].lower() in ("file", "filename", "path") :]
+        found = {Path(folder, name): ",".join(cells).split(",") for name, *cells in rows}
+    found = {path: [label.strip() for label in own if label.strip()] for path, own in found.items()}
+    labelled = [(path, ",".join(map(check_label, found[path]))) for path in files if found.get(path)]
+    bad = {path: "no label" for path in files if not found.get(path)}
+    bad |= dict.fromkeys(found.keys() - set(files), "no such file")
+    if not labelled:
+        raise InputError(f"none of the {len(files)} audio files has a label in {labels or 'its folder'}")
+    lines = [f"{printable(os.path.relpath(path, folder))}\t{reason}" for path, reason in sorted(bad.items())]
+    write_manifest(output, folder, labelled, lines)
 
 
 def released(source: str, output: str) -> None:
@@ -180,13 +124,13 @@ def released(source: str, output: str) -> None:
     write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
 
 
-def stats(source: str, max_clips: int, workers: int) -> None:
+def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
     """Mean and std of the log-mel values, without padding, of max_clips clips spread over a manifest."""
     init_distributed()  # keeps freed memory
     data = AudioDataset(source)
     items = torch.linspace(0, len(data) - 1, max(1, min(max_clips, len(data)))).long().tolist()
     sums, n_bad = torch.zeros(3, dtype=torch.float64), 0
-    loader = build_loader(data, [[item] for item in items], workers)
+    loader = build_loader(data, [[item] for item in items], workers, 60 * timeout)
     for batch in tqdm(loader, desc="stats", unit="clip", disable=None):
         if batch.problems[0]:
             n_bad += 1
@@ -201,7 +145,7 @@ def stats(source: str, max_clips: int, workers: int) -> None:
     print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {left_out}")
 
 
-def pack(source: str, output: str, workers: int) -> None:
+def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
     """Decode a manifest's clips into one .pcm file, and list them in `output`.
 
     Started again, it goes on where it was: `output`.partial has a hash of the manifest, then a line for each
@@ -224,7 +168,8 @@ def pack(source: str, output: str, workers: int) -> None:
         samples.seek(n_bytes)
         samples.truncate()
         rest, read = range(len(done), len(manifest.begins)), functools.partial(read_whole, manifest)
-        loader = DataLoader(rest, None, num_workers=workers, collate_fn=read)
+        options = dict(num_workers=workers, timeout=60 * timeout if workers else 0)
+        loader = DataLoader(rest, None, collate_fn=read, **options)
         for waveform, line in tqdm(loader, desc="pack", unit="clip", disable=None):
             samples.write(waveform.numpy().astype("<i2").tobytes())
             samples.flush()
@@ -292,8 +237,8 @@ def esc50(folder: str, output: str) -> None:
         for part in ("train", "test"):
             own = [(c["filename"], c["category"]) for c in clips if (c["fold"] == fold) == (part == "test")]
             files = [(audio / name, label) for name, label in own if name not in absent]
-            missing = [name for name, _ in own if name in absent]
-            write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files, missing)
+            bad = [f"{name}\tno such file" for name, _ in own if name in absent]
+            write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files, bad)
 
 
 def speechcommands(folder: str, output: str) -> None:
@@ -308,8 +253,8 @@ def speechcommands(folder: str, output: str) -> None:
         if name.count("/") == 1 and not word.startswith("_"):  # _background_noise_ is not a word
             files[part_of.pop(name, "train")].append((path, check_label(word)))
     for part in files:
-        missing = [name for name, where in part_of.items() if where == part]
-        write_manifest(f"{output}/{part}.tsv", folder, files[part], missing)
+        bad = [f"{name}\tno such file" for name, where in part_of.items() if where == part]
+        write_manifest(f"{output}/{part}.tsv", folder, files[part], bad)
 
 
 def audioset(segments: str, labels: str, folder: str, output: str) -> None:
@@ -332,7 +277,8 @@ def audioset(segments: str, labels: str, folder: str, output: str) -> None:
             what = f"{row[0]} has the label {min(unknown)!r}"
             raise InputError(f"{segments}: {what}, which {labels} does not list")
     files = [(by_id[row[0]], row[3]) for row in rows if row[0] in by_id]
-    write_manifest(output, folder, files, [row[0] for row in rows if row[0] not in by_id])
+    bad = [f"{row[0]}\tno such file" for row in rows if row[0] not in by_id]
+    write_manifest(output, folder, files, bad)
 
 
 def main() -> int:
@@ -349,11 +295,13 @@ def main() -> int:
         for name in arguments:
             command.add_argument(name, **(dict(dest="output", required=True) if name == "-o" else {}))
         if function is scan:
-            command.add_argument("--labels", action="store_true", help="label each file by its folder")
+            by = "label files by the folder they lie in, or by a table: file,label[,label]"
+            command.add_argument("--labels", nargs="?", const="", metavar="CSV", help=by)
         if function is stats:
             command.add_argument("--max_clips", type=int, default=10_000)
         if function in (stats, pack):
             command.add_argument("--workers", type=int, default=os.cpu_count())
+            command.add_argument("--timeout", type=float, default=30, help="minutes, then what hangs fails")
     args = vars(parser.parse_args())
     silence_libraries()
     del args["command"]

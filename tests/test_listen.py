@@ -2,16 +2,19 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tone
+from conftest import ROOT, tone
 
 import listen
 from data import FRAME_SHIFT, clip_samples, load_audio, spectrogram
+from evaluate import pooled
 from listen import clock, hear
 from model import EAT, MODELS, AudioClassifier, Encoder, ModelConfig, load_checkpoint, save_checkpoint
 
@@ -86,19 +89,19 @@ def test_clock():
 
 
 def test_tags_of_files(classifier, called):
-    """The likeliest classes with their probabilities; --classes names them by their labels."""
-    out = called(listen, "classifier.pt", "clip 0.wav", "--top_k", 2).stdout.splitlines()
-    assert out[0].startswith("clip 0.wav") and "0.5 s" in out[0]
-    found = {line.split(maxsplit=1)[1]: float(line.split()[0]) for line in out[1:3]}
-    assert set(found) == {"Low tone", "High tone"} and sum(found.values()) == pytest.approx(1, abs=2e-3)
+    """A line a file with the likeliest classes; --classes names them by their labels; a summary beside."""
+    result = called(listen, "classifier.pt", "clip 0.wav", "clip 1.wav")
+    out = result.stdout.splitlines()
+    assert len(out) == 2 and result.stderr == "2 files, 0 not usable\n"
+    name, best = out[0].split("  ", 1)
+    found = {part[:-5]: float(part[-4:]) for part in best.split(", ")}
+    assert name == "clip 0.wav" and list(found.values()) == sorted(found.values(), reverse=True)
+    assert set(found) == {"Low tone", "High tone"} and sum(found.values()) == pytest.approx(1, abs=0.02)
     (classifier / "names.csv").write_text("index,label,name\n0,high,Hoch\n1,low,Tief\n")  # in another order
     out = called(listen, "classifier.pt", "clip 0.wav", "--classes", "names.csv").stdout
-    assert {line.split()[1]: line.split()[0] for line in out.splitlines()[1:]} == {
-        name.replace("Low tone", "Tief").replace("High tone", "Hoch"): f"{p:.3f}" for name, p in found.items()
-    }
-    only = called(listen, "classifier.pt", "clip 0.wav", "--top_k", 1).stdout.splitlines()
-    likeliest = max(found, key=found.get)
-    assert len(only) == 2 and only[1].split(maxsplit=1)[1] == likeliest
+    assert out == f"clip 0.wav  {best}\n".replace("Low tone", "Tief").replace("High tone", "Hoch")
+    record = json.loads(called(listen, "classifier.pt", "clip 0.wav", "--json", "--top_k", 1).stdout)
+    assert list(record["top"]) == [max(found, key=found.get)]
 
 
 def test_probabilities_are_those_of_the_network(classifier, called):
@@ -148,7 +151,7 @@ def test_hard_files_are_named_and_the_others_go_on(classifier, script):
 
 def test_if_no_file_can_be_used_the_exit_status_is_1(classifier, called):
     result = called(listen, "classifier.pt", "missing.wav", check=False)
-    assert result.returncode == 1 and "missing.wav\n    cannot be used: no such file" in result.stdout
+    assert result.returncode == 1 and result.stdout == "missing.wav  not usable: no such file\n"
     assert "Traceback" not in result.stderr
     assert called(listen, "classifier.pt", "missing.wav", "clip 0.wav").returncode == 0
 
@@ -162,8 +165,12 @@ def test_a_long_file_has_a_timeline(classifier, called):
     assert starts == [i * 0.96 for i in range(7)]
     assert record["seconds"] == pytest.approx(100_000 / 16_000, abs=0.16)
     assert [w["start"] for w in record["windows"] if w["top"] is None] == [2.88, 3.84]
-    text = called(listen, "classifier.pt", "long.wav").stdout
-    assert "0:02.9  silence" in text and "0:00.0  " in text
+    text = called(listen, "classifier.pt", "long.wav", "--timeline").stdout.splitlines()
+    first, *stretches = [line.split() for line in text]  # neighbours with the same class are one stretch
+    assert first[0] == "long.wav" and stretches[0][0] == "0:00.0" and stretches[-1][2] == "0:06.2"
+    assert ["0:02.9", "to", "0:04.8", "silence", "1.00"] in stretches
+    assert all(a[2] == b[0] and a[3:-1] != b[3:-1] for a, b in zip(stretches, stretches[1:]))
+    assert called(listen, "classifier.pt", "long.wav").stdout.count("\n") == 1
 
 
 def test_a_file_that_breaks_off_is_heard_up_to_there(classifier, called):
@@ -173,6 +180,8 @@ def test_a_file_that_breaks_off_is_heard_up_to_there(classifier, called):
     record = json.loads(called(listen, "classifier.pt", "broken.wav", "--json").stdout)
     assert len(record["windows"]) == 2 and sum(record["top"].values()) == pytest.approx(1, abs=1e-5)
     assert "its samples reach nan" in record["error"] and record["error"].endswith("(after 0:01.9)")
+    text = called(listen, "classifier.pt", "broken.wav").stdout
+    assert "tone 0." in text and f"(heard in part: {record['error']})" in text
 
 
 def test_an_mp3_that_holds_more_than_it_claims_is_told(classifier, called):
@@ -247,15 +256,46 @@ def test_features_of_a_folder(classifier, called):
     soundfile.write(classifier / "sub" / "clip 0.wav", tone(16_000).numpy(), 16_000)
     (classifier / "clip 3.wav").write_text("damaged")
     result = called(listen, "classifier.pt", ".", "--features", "each")
-    assert result.stdout == "each: features of 8 files; 1 cannot be used\n"
+    assert result.stdout == "each: features of 9 files, 1 not usable\n"
     assert "clip 3.wav cannot be used: unreadable" in result.stderr
     written = {path.relative_to(classifier / "each").as_posix() for path in classifier.glob("each/**/*.npz")}
     assert written == {f"clip {i}.wav.npz" for i in range(8) if i != 3} | {"sub/clip 0.wav.npz"}
     assert np.load(classifier / "each" / "sub" / "clip 0.wav.npz")["frames"].shape == (6, 64)
+    (classifier / "empty").mkdir()
+    called(listen, "classifier.pt", "sub/clip 0.wav", "--features", "empty/")  # as shells complete it
+    assert (classifier / "empty" / "clip 0.wav.npz").exists()
     called(listen, "classifier.pt", "sub/clip 0.wav", "--features", "one.npz")
     one, same = np.load(classifier / "one.npz"), np.load(classifier / "each" / "sub" / "clip 0.wav.npz")
     assert {*one} == {"cls", "cls_times", "patches", "frames", "times"}
     np.testing.assert_array_equal(one["frames"], same["frames"])
+
+
+def test_features_of_a_manifest_are_a_table(classifier, called):
+    """A row for each clip that can be read, as the probes see it, with its labels, for scikit-learn."""
+    (classifier / "clip 3.wav").write_text("damaged")
+    args = ["classifier.pt", "manifest.tsv", "--features", "all.npz", "--workers", 0, "--block", 1]
+    result = called(listen, *args, "--pooling", "bands")
+    found = np.load(classifier / "all.npz")
+    assert found["features"].shape == (7, 2 * 8 * 64) and found["features"].dtype == np.float32
+    assert found["labels"].tolist() == ["low"] * 3 + ["high"] * 4
+    assert found["files"].tolist() == [f"clip {i}.wav" for i in range(8) if i != 3]
+    assert "clip 3.wav unreadable" in result.stderr and "1 clips cannot be used" in result.stdout
+    assert "clips are longer than 96 frames" in result.stdout
+    encoder = Encoder.from_pretrained(classifier / "classifier.pt")
+    spec = slow_spectrogram(load_audio(classifier / "clip 0.wav"))
+    with torch.no_grad():
+        row = pooled(encoder, "bands", 1)(spec)[0]
+    np.testing.assert_allclose(found["features"][0], row, atol=1e-4)
+
+
+def test_a_closed_pipe_is_no_error(classifier):
+    """As of `| head -1`: no traceback, no message."""
+    command = [sys.executable, ROOT / "extras" / "listen.py", "classifier.pt", *["clip 0.wav"] * 40]
+    run = dict(cwd=classifier, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **run) as job:
+        assert job.stdout.readline().startswith("clip 0.wav  ")
+        job.stdout.close()
+        assert job.stderr.read() == ""
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -266,11 +306,13 @@ def test_features_of_a_folder(classifier, called):
     [
         (["classifier.pt", "clip 0.wav", "--features", "x.npz", "--block", "9"], "no block 9: the encoder"),
         (["classifier.pt", "clip 0.wav", "--features", "x.npz", "--teacher"], "classifier.pt has no teacher"),
-        (["classifier.pt", "clip 0.wav", "--features", "empty"], "empty exists: remove it or choose another"),
+        (["classifier.pt", "clip 0.wav", "--features", "sub"], "sub exists: remove it or choose another"),
+        (["classifier.pt", "clip 0.wav", "--features", "x.csv"], "x.csv: features are written as .npz"),
+        (["classifier.pt", "manifest.tsv", "--features", "x"], "the features of a manifest, one at a time"),
         (["classifier.pt", ".", "--features", "x.npz"], "x.npz is for one file: name a folder"),
         (["classifier.pt", "clip 0.wav", "sub", "--features", "x"], "clip 0.wav is there twice"),
         (["classifier.pt", "clip 0.wav", "--top_k", "0"], "above 0"),
-        (["classifier.pt", "clip 0.wav", "--classes", "three.txt"], "lists 3 classes, the checkpoint has 2"),
+        (["classifier.pt", "clip 0.wav", "--classes", "three.txt"], "does not list the 2 classes of cl"),
         (["missing.pt", "clip 0.wav"], "there is no file missing.pt"),
         (["classifier.pt", "empty"], "no audio files below empty"),
     ],

@@ -56,7 +56,7 @@ def test_scan_labels_by_folder(tmp_path, script):
     for name in ("cat/a.wav", "more/dog, small/b.wav", "dog/c.wav"):
         wav(tmp_path / "in" / name)
     with pytest.raises(InputError, match="the class 'dog, small' is empty or holds a comma"):
-        prepare.scan(str(tmp_path / "in"), str(tmp_path / "m.tsv"), labels=True)
+        prepare.scan(str(tmp_path / "in"), str(tmp_path / "m.tsv"), labels="")
     assert not (tmp_path / "m.tsv").exists()
     (tmp_path / "in/more/dog, small").rename(tmp_path / "in/more/dog")
     script(PREPARE, "scan", "in", "-o", "m.tsv", "--labels")
@@ -64,8 +64,40 @@ def test_scan_labels_by_folder(tmp_path, script):
     assert {dataset.name(i): dataset.labels(i) for i in range(3)} == {
         "cat/a.wav": ["cat"], "dog/c.wav": ["dog"], "more/dog/b.wav": ["dog"],
     }  # fmt: skip
-    with pytest.raises(InputError, match="cat/a.wav lies in no folder below .*in/cat that could label it"):
-        prepare.scan(str(tmp_path / "in/cat"), str(tmp_path / "cat.tsv"), labels=True)
+    with pytest.raises(InputError, match="none of the 1 audio files has a label in its folder"):
+        prepare.scan(str(tmp_path / "in/cat"), str(tmp_path / "cat.tsv"), labels="")
+    wav(tmp_path / "in" / "loose.wav")  # what has no label is listed
+    script(PREPARE, "scan", "in", "-o", "more.tsv", "--labels")
+    assert (tmp_path / "more.tsv.bad").read_text() == "loose.wav\tno label\n"
+    assert len(AudioDataset(tmp_path / "more.tsv")) == 3
+
+
+@pytest.mark.parametrize("header", ["", "filename,label\n"])
+def test_scan_labels_by_a_table(tmp_path, script, header):
+    """Labels in cells of their own or in one; a file without label, or a row without file, is told."""
+    for name in ("a.wav", "sub/b c.wav", "c.wav", "d.wav"):
+        wav(tmp_path / "in" / name)
+    table = 'a.wav,dog\nsub/b c.wav, cat , dog\nc.wav,"cat, rain"\nd.wav,\nnone.wav,cat\n'
+    (tmp_path / "labels.csv").write_text(header + table)
+    out = script(PREPARE, "scan", "in", "--labels", "labels.csv", "-o", "m.tsv").stdout
+    dataset = AudioDataset(tmp_path / "m.tsv")
+    assert {dataset.name(i): dataset.labels(i) for i in range(len(dataset))} == {
+        "a.wav": ["dog"], "c.wav": ["cat", "rain"], "sub/b c.wav": ["cat", "dog"],
+    }  # fmt: skip
+    assert "2 left out, listed in m.tsv.bad" in out
+    assert (tmp_path / "m.tsv.bad").read_text() == "d.wav\tno label\nnone.wav\tno such file\n"
+    (tmp_path / "other.csv").write_text("x.wav,dog\n")
+    with pytest.raises(InputError, match="none of the 4 audio files has a label in .*other.csv"):
+        prepare.scan(str(tmp_path / "in"), str(tmp_path / "x.tsv"), str(tmp_path / "other.csv"))
+
+
+def test_long_mp3_files_come_with_a_hint(tmp_path, script):
+    """To read them in pieces costs a seek through the file each: pack decodes them once."""
+    (tmp_path / "in").mkdir()
+    for seconds in (10, 320):
+        soundfile.write(tmp_path / "in" / "x.mp3", tone(16_000).repeat(seconds).numpy(), 16_000)
+        out = script(PREPARE, "scan", "in", "-o", f"{seconds}.tsv").stdout
+        assert ("prepare.py pack" in out) == (seconds > 300)
 
 
 def test_scan_follows_links_but_not_in_circles(folder, tmp_path_factory):
@@ -73,7 +105,7 @@ def test_scan_follows_links_but_not_in_circles(folder, tmp_path_factory):
     shutil.copy(folder / "clip 0.wav", elsewhere / "linked.wav")
     (folder / "link").symlink_to(elsewhere)
     (elsewhere / "circle").symlink_to(folder)
-    prepare.scan(str(folder), str(folder / "made.tsv"), labels=False)
+    prepare.scan(str(folder), str(folder / "made.tsv"), labels=None)
     dataset = AudioDataset(folder / "made.tsv")
     names = [dataset.name(i) for i in range(len(dataset))]
     assert len(names) == 9 and "link/linked.wav" in names
@@ -82,7 +114,7 @@ def test_scan_follows_links_but_not_in_circles(folder, tmp_path_factory):
 def test_names_that_a_manifest_cannot_hold(folder):
     """A name with a tab or line break is listed in .bad, in one line, and the other files in the manifest."""
     wav(folder / "a\tb.wav"), wav(folder / "c\nd.wav")
-    prepare.scan(str(folder), str(folder / "made.tsv"), labels=False)
+    prepare.scan(str(folder), str(folder / "made.tsv"), labels=None)
     assert len(rows_of(folder / "made.tsv")) == 8
     listed = (folder / "made.tsv.bad").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["a\\tb.wav", "c\\nd.wav"]
@@ -92,7 +124,7 @@ def test_names_that_a_manifest_cannot_hold(folder):
 def test_an_mp3_of_other_bytes_is_not_called_missing(folder):
     """libsndfile says of it that the file does not exist."""
     (folder / "broken.mp3").write_bytes(bytes(range(256)) * 50)
-    prepare.scan(str(folder), str(folder / "m.tsv"), labels=False)
+    prepare.scan(str(folder), str(folder / "m.tsv"), labels=None)
     (line,) = (folder / "m.tsv.bad").read_text().splitlines()
     assert line.startswith("broken.mp3\tunreadable: ") and "exist" not in line
     with pytest.raises(InputError, match="unreadable: (?!.*exist)"):
@@ -101,13 +133,13 @@ def test_an_mp3_of_other_bytes_is_not_called_missing(folder):
 
 def test_folders_without_audio(tmp_path):
     with pytest.raises(InputError, match="nothing is not a folder"):
-        prepare.scan(str(tmp_path / "nothing"), "m.tsv", labels=False)
+        prepare.scan(str(tmp_path / "nothing"), "m.tsv", labels=None)
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(InputError, match="no audio files below .*looked for .*[.]flac"):
-        prepare.scan(str(tmp_path), "m.tsv", labels=False)
+        prepare.scan(str(tmp_path), "m.tsv", labels=None)
     (tmp_path / "x.wav").write_text("text")
     with pytest.raises(InputError, match="none of the 1 audio files .* can be read: see .*m.tsv.bad"):
-        prepare.scan(str(tmp_path), str(tmp_path / "m.tsv"), labels=False)
+        prepare.scan(str(tmp_path), str(tmp_path / "m.tsv"), labels=None)
     assert not (tmp_path / "m.tsv").exists() and "x.wav\t" in (tmp_path / "m.tsv.bad").read_text()
 
 
