@@ -26,7 +26,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
     AUDIO_SUFFIXES, FRAME_LENGTH, FRAME_SHIFT, MAX_SAMPLES, SAMPLE_RATE, SILENCE, AudioDataset, Clip,
-    InputError, check_peak, clip_samples, collate, open_audio, read_pieces, spectrogram, whole_rate,
+    InputError, check_peak, clip_samples, collate, open_audio, read_pieces, silence_libraries, spectrogram,
+    whole_rate,
 )  # fmt: skip
 from evaluate import (  # noqa: E402
     POOLINGS, init_distributed, load_classifier, pooled, predict, run_script, tokens_after,
@@ -322,4 +323,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe (| head) ends it without a word
+    silence_libraries()
     run_script(main)

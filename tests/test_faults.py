@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, tone
+from conftest import ENVIRONMENT, ROOT, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pretrain import SHORT, losses, read_log, train  # noqa: F401  (a fixture)
+from test_pretrain import SHORT, losses, read_log
 
 import pretrain
 from data import AudioDataset, InputError, Manifest, load_audio
@@ -33,7 +33,6 @@ from model import CheckpointError, load_checkpoint, newest_checkpoint, save_chec
 
 LONG = pytest.mark.long
 RUN = [*SHORT, "--data", ROOT / "extras" / "demo" / "pretrain.tsv", "--clip_frames", 48]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def digest(out_dir: Path, name: str = "last.pt") -> str:
@@ -231,27 +230,26 @@ runpy.run_path({str(ROOT / "pretrain.py")!r}, run_name="__main__")
 def test_a_stopped_run_goes_on_bit_for_bit_with_accumulation_and_packed_data(tmp_path, script):
     demo = ROOT / "extras" / "demo" / "pretrain.tsv"
     script("extras/prepare.py", "pack", demo, "packed.tsv", "--workers", 0)
-    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 30]
+    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 60]
     script("pretrain.py", *args, "--out_dir", "whole")
     job = Job(tmp_path, *args, "--out_dir", "cut", processes=1)
     assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 10)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 128 + signal.SIGTERM
     step = saved_step(tmp_path / "cut")
-    assert f"resuming at update {step} " in script(
-        "pretrain.py", *args, "--out_dir", "cut", "--workers", 4
-    ).stdout  # fmt: skip
-    assert 10 <= step < 30 and digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    said = script("pretrain.py", *args, "--out_dir", "cut", "--workers", 4).stdout
+    assert f"resuming at update {step} " in said
+    assert 10 <= step < 60 and digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
-def test_going_on_with_another_number_of_processes(tmp_path, train):  # noqa: F811
+def test_going_on_with_another_number_of_processes(tmp_path, train):
     """Two processes that accumulate, then one that does not: the curve of one from the beginning, to 1e-5."""
-    args = [*RUN, "--updates", 20, "--save_every", 10]
+    args = [*RUN, "--updates", 20, "--save_every", 5]
     assert train(*args, "--out_dir", "whole") == 0
     job = Job(tmp_path, *args, "--out_dir", "cut", "--accumulate", 2)
-    assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 11)
+    assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 6)
     job.kill()
-    assert saved_step(tmp_path / "cut") == 10 and train(*args, "--out_dir", "cut") == 0
+    assert 5 <= saved_step(tmp_path / "cut") < 20 and train(*args, "--out_dir", "cut") == 0
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -280,7 +278,7 @@ def test_torchrun_restarts_the_job_by_itself(tmp_path, uncut):
     assert digest(tmp_path / "cut") == digest(uncut(updates))
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, train):  # noqa: F811
+def test_two_runs_in_one_folder_are_refused(tmp_path, train):
     """By a lock that ends with its process, however that ends."""
     args = [*RUN, "--updates", 1000, "--save_every", 1, "--out_dir", "run"]
     job = Job(tmp_path, *args, processes=1)
@@ -356,7 +354,7 @@ def test_the_previous_checkpoint_is_used(tmp_path, capsys, how):
     assert newest_checkpoint(tmp_path / "new") is None
 
 
-def test_a_damaged_checkpoint_costs_updates_not_the_run(tmp_path, train, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_costs_updates_not_the_run(tmp_path, train, capsys):
     args = [*RUN, "--updates", 12, "--save_every", 4]
     assert train(*args, "--out_dir", "whole") == 0 == train(*args, "--out_dir", "cut")
     data = bytearray((tmp_path / "cut" / "last.pt").read_bytes())
@@ -401,7 +399,7 @@ class Attack:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, train):  # noqa: F811
+def test_a_checkpoint_cannot_run_code(tmp_path, train):
     """Neither one that is read by itself, nor a run's own, nor one to start from."""
     trap = tmp_path / "ran"
     torch.save(dict(step=1, student=Attack(trap)), tmp_path / "trap.pt")
@@ -422,7 +420,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, train):  # noqa: F811
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_data_set_stops_the_run(tmp_path, train, capsys):  # noqa: F811
+def test_a_broken_data_set_stops_the_run(tmp_path, train, capsys):
     for i in range(20):
         soundfile.write(tmp_path / f"{i}.wav", tone(8000 + i).numpy(), 16_000)
     for i in range(0, 20, 5):
@@ -459,7 +457,7 @@ def test_a_file_replaced_while_training_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["", "target_std", "pred_std"])
-def test_collapse_warns_or_stops(tmp_path, train, capsys, what):  # noqa: F811
+def test_collapse_warns_or_stops(tmp_path, train, capsys, what):
     """After the warm-up, if targets or predictions are the same everywhere; a sound run is left alone."""
     still = "--updates 4 --lr 1e-30 --ema_decay 1 --ema_decay_end 1".split()
     assert train(*RUN, *still, "--out_dir", "sound") == 0
@@ -487,7 +485,7 @@ def test_collapse_warns_or_stops(tmp_path, train, capsys, what):  # noqa: F811
 
 
 def test_an_update_without_a_finite_gradient_is_skipped_and_too_many_stop_the_run(
-    tmp_path, monkeypatch, train, capsys  # noqa: F811
+    tmp_path, train, capsys, monkeypatch
 ):
     """So many in a row: every other one is no reason to stop."""
     args = [*RUN, "--updates", 100, "--max_skipped", 20]

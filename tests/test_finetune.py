@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import NEEDS_GPU, ROOT, tone
+from conftest import ENVIRONMENT, NEEDS_GPU, ROOT, tone
 from test_checkpoints import Attack, export, golden  # noqa: F401  (a fixture)
-from test_faults import ENVIRONMENT, LONG, Job
+from test_faults import LONG, Job
 from test_parity import GOLDEN, assert_near, our_name
-from test_pretrain import PLAIN, in_folder, read_log, train  # noqa: F401  (a fixture)
+from test_pretrain import PLAIN, read_log
 
 import evaluate
 import finetune
@@ -34,12 +34,6 @@ AS20K = FinetuneConfig(**PRESETS["as20k"])
 TINY = "--preset esc50 --init scratch --model tiny --clip_frames 64 --min_samples 1600 --batch_size 8".split()
 TINY += "--workers 0 --updates 12 --warmup 2 --lr 2e-3 --log_every 1 --save_every 4 --eval_every 6".split()
 TINY += ["--data", "manifest.tsv", "--eval_data", "manifest.tsv", "--out_dir", "run"]
-
-
-@pytest.fixture
-def tune(tmp_path, monkeypatch):
-    """Fine-tunes in this process, in tmp_path: tune("--data", ...) -> exit status. Quicker than `script`."""
-    return in_folder(finetune.train, FinetuneConfig, PRESETS, tmp_path, monkeypatch)
 
 
 def evaluations(path, metric: str = "accuracy") -> dict[int, float]:
@@ -370,7 +364,7 @@ def test_two_processes_are_one(folder, script, tune, preset):
                 assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
 
 
-def test_from_pretrained_weights_in_any_layout(folder, train, tune):  # noqa: F811
+def test_from_pretrained_weights_in_any_layout(folder, train, tune):
     """A run folder, and what extras/released.py makes of it, are the same beginning, and not from scratch."""
     assert train(*PLAIN, "--updates", 3, "--out_dir", "pre") == 0
     export("pre", "exported")

@@ -6,7 +6,6 @@ What a run promises when something goes wrong is tested in test_faults.py.
 import copy
 import ctypes
 import dataclasses
-import gc
 import json
 import math
 import re
@@ -36,32 +35,6 @@ TINY += "--min_samples 1600 --workers 0".split()
 SHORT = [*TINY, *"--batch_size 8 --updates 10 --warmup 2 --ema_anneal 5 --ema_decay 0.9 --lr 2e-3".split()]
 SHORT += "--utterance_weight 1 --log_every 1".split()
 PLAIN = [*SHORT, "--data", "manifest.tsv"]
-
-
-def in_folder(train, config, presets, folder, monkeypatch):
-    """A function that does in `folder`, in this process, what a script does with the flags that it is given.
-
-    It returns the exit status, or raises the InputError whose words the script would print. One thread, as
-    in the processes that `script` starts.
-    """
-    monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
-
-    def run(*args) -> int:
-        torch.set_num_threads(1)
-        try:
-            return train(parse_config(config, presets, [*map(str, args)]))
-        finally:
-            gc.collect()  # lets go of the run's lock
-            torch.set_num_threads(threads)
-
-    return run
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    """Pre-trains in this process, in tmp_path: train("--data", ...) -> exit status. Quicker than `script`."""
-    return in_folder(pretrain.train, PretrainConfig, PRESETS, tmp_path, monkeypatch)
 
 
 # --- schedules --------------------------------------------------------------------------------------------
