@@ -9,9 +9,8 @@
 **Manifest**: line 1 is the folder that paths are relative to (itself absolute or relative to the manifest);
 then a line for each clip, path<TAB>n_samples[<TAB>label,label...], with n_samples counted at 16 kHz.
 
-**Packed**: line 1 is a .pcm file instead, which holds the clips in that order, one behind the other, as 16
-kHz mono little-endian int16, of clips above full scale divided by a gain, their fourth column.
-extras/prepare.py writes both.
+**Packed**: line 1 is a .pcm file that holds the clips in that order, end to end, as 16 kHz mono little-endian
+int16, of clips above full scale divided by a gain, their fourth column. extras/prepare.py writes both.
 
 Only `resample` needs torchaudio, only reading files needs soundfile. Citations such as
 data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
@@ -49,8 +48,8 @@ CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
 LOUDEST = 64.0  # float files may exceed full scale, 1, but not by this much
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
-AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
-AUDIO_SUFFIXES |= set(".m4a .aac .wma .webm .mp4 .mka .amr .ape".split())  # not read, but named
+AUDIO_SUFFIXES = set(""".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64
+    .m4a .aac .wma .webm .mp4 .mka .amr .ape""".split())  # the last line is not read, but named
 
 
 class InputError(ValueError):
@@ -326,6 +325,14 @@ class AudioDataset(Dataset):
     def __len__(self) -> int:
         return len(self.line)
 
+    def checked(self) -> "AudioDataset":
+        """Itself. Raises InputError if most of 20 files, spread over it, are not there."""
+        sample = torch.linspace(0, len(self) - 1, 20 * (not self.is_packed)).long().tolist()
+        paths = [os.path.join(self.manifest.root, self.name(item)) for item in sample]
+        if len(absent := [path for path in paths if not os.path.lexists(path)]) > 10:
+            raise InputError(f"most files of {self.source} are not there, as {absent[0]}: see its first line")
+        return self
+
     def name(self, item: int) -> str:
         """The file that an item comes from, as the manifest lists it."""
         return self.manifest.fields(int(self.line[item]))[0]
@@ -377,7 +384,7 @@ def open_labelled(
     allow_silence: bool = True,
 ) -> Labelled:  # fmt: skip
     """Open a labelled manifest; without `classes`, they are the labels found, sorted. Raises InputError."""
-    data = AudioDataset(source, n_frames, min_samples, segments=False, allow_silence=allow_silence)
+    data = AudioDataset(source, n_frames, min_samples, False, allow_silence).checked()
     labels = [data.labels(item) for item in range(len(data))]
     classes = classes or {label: label for label in sorted(set(itertools.chain(*labels)))}
     index = {label: i for i, label in enumerate(classes)}

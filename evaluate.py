@@ -13,6 +13,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import gc
 import inspect
 import json
@@ -48,7 +49,9 @@ Number = Annotated[float, "a number", math.isfinite]
 
 
 def check_settings(config) -> None:
-    """Refuse a value that the type of its field rules out. Raises InputError."""
+    """Refuse what the type of a field rules out, or a warm-up without end. Raises InputError."""
+    if config.warmup >= config.updates:
+        raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
     for field in dataclasses.fields(config):
         value, options = getattr(config, field.name), get_args(field.type)
         if options and isinstance(value, str) and value not in options:  # Literal
@@ -58,31 +61,42 @@ def check_settings(config) -> None:
 
 
 def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
-    """Command line -> config, or InputError: a flag a field, its comment as help; presets change defaults."""
+    """Command line -> config, or InputError: a flag a field, its comment as help; presets change defaults.
+    What is not given fits what is: warm-ups take their share of --updates, own --data has own test sets."""
 
     def refuse(message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
+        near = difflib.get_close_matches(message.split(": ")[-1].split()[0], [f"--{name}" for name in fields])
+        raise InputError(f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the flags'})")
 
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(usage="%(prog)s [--flag ...]", formatter_class=form, allow_abbrev=False)
-    parser.error = refuse
-    parser.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
-    for field in dataclasses.fields(cls):
-        is_flag = dict(action=argparse.BooleanOptionalAction)
-        kind = is_flag if field.type is bool else dict(type=type(field.default))
-        parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name], **kind)
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
-    values = vars(parser.parse_args(argv))
-    del values["preset"]
-    return cls(**values)
+    fields, argv = {f.name: f for f in dataclasses.fields(cls)}, sys.argv[1:] if argv is None else argv
+    lines = re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))", inspect.getsource(cls), re.M)
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage="%(prog)s [--flag value ...]")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
+    parser = argparse.ArgumentParser(description=cls.__doc__, parents=[first], allow_abbrev=False, **form)
+    first.error = parser.error = refuse
+    for heading, name, comment in lines:
+        if heading:
+            group = parser.add_argument_group(heading)
+        elif name in fields:
+            kind, default = fields[name].type, fields[name].default
+            choices = "|".join(get_args(kind)) if isinstance(default, str) else ""
+            value = dict(type=type(default), metavar=choices or type(default).__name__)
+            value = dict(action=argparse.BooleanOptionalAction) if kind is bool else value
+            group.add_argument(f"--{name}", default=default, help=comment, **value)
+    parser.set_defaults(**presets[first.parse_known_args(argv)[0].preset])
+    values, usual = vars(parser.parse_args(argv)), vars(parser.parse_args([]))
+    given = {re.sub("^--(no-)?|=.*", "", word) for word in argv}
+    for name in {"warmup", "ema_anneal"} & values.keys() - given:
+        values[name] = max(name == "ema_anneal", values[name] * values["updates"] // usual["updates"])
+    for name in {"eval_data", "probe_train", "probe_test"} & values.keys() - given if "data" in given else ():
+        values[name] = ""
+    return cls(**{name: values[name] for name in fields})
 
 
 def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, if it did: (rank, world size, this process's device).
-
-    A process that waits `timeout` minutes for the others fails, and torchrun then ends the job.
-    """
+    """Join the processes that torchrun started, if it did: (rank, world size, this process's device). One
+    that waits `timeout` minutes for the others fails, and torchrun then ends the job."""
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and torch.version.cuda and os.path.exists("/dev/nvidia0"):
@@ -197,30 +211,21 @@ def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
     return per_class(of_one, scores, targets)
 
 
-def d_prime(auc: float) -> float:
-    """Distance of two unit normal distributions that this AUC would separate: sqrt(2) * inverse CDF."""
-    return math.sqrt(2) * torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)).item()
-
-
-def accuracy(scores: Tensor, targets: Tensor) -> float:
-    """Share of the clips whose highest score is one of their classes."""
-    return targets.bool().gather(1, scores.argmax(1, keepdim=True)).double().mean().item()
-
-
 def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
     """All metrics of (n, C) scores, and the average precision of each class (C,).
 
-    mAP (classes without positives count as 0, as in scikit-learn and the released code, and are counted),
-    AUC and d-prime (over the classes that have both; None where it would be infinite), and accuracy if every
-    clip has one class.
+    mAP (classes without positives count as 0, as in scikit-learn and the released code, and are counted), AUC
+    (over the classes that have both) and d-prime (the distance of two unit normal distributions with that
+    AUC, None where infinite); and accuracy, of the highest score, if every clip has one class.
     """
     precision, auc = average_precision(scores, targets), roc_auc(scores, targets)
     result = dict(clips=len(scores), classes=scores.shape[1], mAP=precision.mean().item())
     if auc.isfinite().any():
-        mean_auc = auc[auc.isfinite()].mean().item()
-        result |= dict(AUC=mean_auc, d_prime=d_prime(mean_auc) if 0 < mean_auc < 1 else None)
+        auc = auc[auc.isfinite()].mean()
+        d_prime = math.sqrt(2) * torch.special.ndtri(auc).item()
+        result |= dict(AUC=auc.item(), d_prime=d_prime if 0 < auc < 1 else None)
     if (targets.sum(1) == 1).all():
-        result |= dict(accuracy=accuracy(scores, targets))
+        result |= dict(accuracy=targets.bool()[range(len(scores)), scores.argmax(1)].double().mean().item())
     empty, full = (targets.sum(0) == 0).sum().item(), (targets.sum(0) == len(targets)).sum().item()
     return result | dict(classes_without_positives=empty, classes_without_negatives=full), precision
 
@@ -410,20 +415,6 @@ def probe(
 # ----- Command line ----------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
-    parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
-    parser.add_argument("manifests", nargs="+", help="one to score, or two to fit and score probes")
-    parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
-    parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="what probes see of a clip")
-    parser.add_argument("--block", type=int, default=0, help="that probes see: from 1 on, 0 = the last")
-    parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
-    parser.add_argument("--workers", type=int, default=4, help="loader processes")
-    parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
-    return parser.parse_args(argv)
-
-
 def read_classes(path: str | os.PathLike) -> dict[str, str]:
     """Label -> name of every class, in the file's order: AudioSet's class_labels_indices.csv, FSD50K's table,
     the released label_descriptors.csv (index,label, without header), or a label a line. Raises InputError."""
@@ -467,27 +458,36 @@ def write_classes(path: Path, model: AudioClassifier, counts: Tensor, precision:
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    args = parse_arguments()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
+    parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
+    parser.add_argument("manifest", help="labelled clips: to score, or to fit probes on")
+    parser.add_argument("test", nargs="?", help="labelled clips to score the probes on")
+    parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
+    parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="what probes see of a clip")
+    parser.add_argument("--block", type=int, default=0, help="that probes see: from 1 on, 0 = the last")
+    parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
+    args = parser.parse_args()
     rank, _, device = init_distributed(args.timeout)
     loading = dict(workers=args.workers, timeout=60 * args.timeout)
-    if len(args.manifests) > 2:
-        raise InputError("give one manifest to score, or two: to fit probes on, and to score them on")
-    if len(args.manifests) == 2:
+    if args.test:
         encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
-        train = open_labelled(args.manifests[0], encoder.config.clip_frames)
-        test = open_labelled(args.manifests[1], encoder.config.clip_frames, train.classes)
+        train = open_labelled(args.manifest, encoder.config.clip_frames)
+        test = open_labelled(args.test, encoder.config.clip_frames, train.classes)
         function = pooled(encoder, args.pooling, args.block)
         result = probe(function, encoder.config, train, test, device, **loading)
     else:
         model = load_classifier(args.checkpoint, args.classes).to(device)
-        test = open_labelled(args.manifests[0], model.config.clip_frames, model.classes)
+        test = open_labelled(args.manifest, model.config.clip_frames, model.classes)
         result, precision, found = score(model, test, device, **loading)
         short = (test.data.manifest.fields(line)[0] for line in test.data.too_short.tolist())
         problems = found.problems + [f"{name}\tshorter than a frame" for name in short]
         result |= dict(unreadable=len(problems))
     if rank == 0:
         print(json.dumps(result))
-    if rank == 0 and len(args.manifests) == 1:
+    if rank == 0 and not args.test:
         for problem in problems:
             print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
         folder = args.checkpoint if os.path.isdir(args.checkpoint) else "."

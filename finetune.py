@@ -1,6 +1,7 @@
 """Fine-tune an encoder to classify audio (EAT paper, Sec. 3.4 and Table 4).
 
     python finetune.py --preset demo                              laptop, after pretrain.py --preset demo
+    python finetune.py --preset own --init CKPT --data train.tsv --eval_data test.tsv    classes of your own
     python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes labels.csv
     torchrun --nproc_per_node=4 finetune.py --preset as2m ...     any preset, on any number of processes
 
@@ -15,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -32,7 +34,7 @@ from evaluate import (
     Above0, AtLeast0, Below1, Count, Number, UpTo1, Whole, accumulating, check_settings, distribute,
     parse_config, read_classes, run_script, score,
 )  # fmt: skip
-from model import MODELS, AudioClassifier, Encoder
+from model import MODELS, AudioClassifier, Encoder, read_pretrained
 from pretrain import DEMO, Run, cosine_lr, descend
 
 
@@ -40,53 +42,54 @@ from pretrain import DEMO, Run, cosine_lr, descend
 class FinetuneConfig:
     """The rows of the paper's Table 4 for fine-tuning; the defaults are the released AS-2M script's."""
 
+    # Data and network
     data: str = ""  # labelled manifest to train on
     eval_data: str = ""  # labelled manifest to evaluate on
     classes: str = ""  # class_labels_indices.csv, or a label a line; without it, the labels of --data
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
     init: str = ""  # checkpoint to start from, own or released, or scratch
     model: Literal[*MODELS] = "base"  # size of --init scratch: a row of model.MODELS
-    clip_frames: Count = 1024  # frames of 10 ms per clip; longer clips are cut, shorter ones padded
-    norm_mean: Number = -4.268  # of the log-mel values (AudioSet); extras/prepare.py stats prints yours
-    norm_std: Above0 = 4.569  # likewise; values are divided by twice this
+    clip_frames: Count = 1024  # frames of 10 ms of a clip, a multiple of 16; others are cut or padded
+    norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
+    norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
     min_samples: Whole = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
-
+    # Loss and network
     loss: Literal["bce_positives", "bce", "ce"] = "bce_positives"  # BCE / positives, BCE / clips, softmax
     metric: Literal["mAP", "accuracy"] = "mAP"  # chooses best.pt
     pooling: Literal["cls", "mean"] = "cls"  # cls token or mean of the patches
-    label_smoothing: Below1 = 0.0  # of ce without mixup, in training only (released code)
-    drop_path: Below1 = 0.1  # rate of the last block, rising linearly from 0
+    label_smoothing: Below1 = 0.0  # smoothing of ce without mixup, in training only (released code)
+    drop_path: Below1 = 0.1  # rate at which the last block is left out, rising linearly from 0
     layer_decay: UpTo1 = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
-
+    # Augmentation
     mixup: AtLeast0 = 0.8  # alpha of the Beta distribution, 0 = no mixup
     mixup_prob: UpTo1 = 0.9  # share of the updates that mix (released code)
     specaug_freq: UpTo1 = 0.2  # largest masked part of the mel bins
-    specaug_time: UpTo1 = 0.2  # and of the frames
+    specaug_time: UpTo1 = 0.2  # largest masked part of the frames
     roll: bool = True  # turn each waveform around by a random part, with a random gain
     noise: bool = False  # add uniform noise and move each spectrogram by up to 10 frames
     weighted: bool = True  # draw clips so that rare classes are heard
     epoch_clips: Count = 200_000  # clips of an epoch if weighted
-
+    # Optimisation
     batch_size: Count = 96  # clips per update, over all processes
     accumulate: Count = 1  # parts that a process divides its clips into, to save memory
     updates: Count = 300_000  # about 15 passes over AS-2M
     lr: Above0 = 5e-5  # peak learning rate of everything above the blocks
     min_lr: AtLeast0 = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
-    warmup: Whole = 30_000  # updates of linear warm-up, then cosine decay
-    beta1: Below1 = 0.9  # AdamW
-    beta2: Below1 = 0.95  # AdamW
-    weight_decay: AtLeast0 = 0.05  # AdamW, on everything (released code)
+    warmup: Whole = 30_000  # updates of linear warm-up, in proportion to --updates unless given; then cosine
+    beta1: Below1 = 0.9  # AdamW's decay of the mean gradient
+    beta2: Below1 = 0.95  # AdamW's decay of the mean squared gradient
+    weight_decay: AtLeast0 = 0.05  # AdamW's, on everything (released code)
     clip_norm: AtLeast0 = 0.0  # largest gradient norm, 0 = any
-
+    # The run
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
-    workers: Whole = 4  # loader processes per training process, one for each core at most
+    workers: Whole = 4  # loader processes of a training process, one for each core at most
     log_every: Count = 100  # updates between log lines
     save_every: Count = 1000  # updates between checkpoints
-    save_minutes: Above0 = 10.0  # and minutes at most
-    eval_every: Whole = 0  # updates between evaluations, 0 = an epoch
-    seed: Whole = 1  # of everything random
-
+    save_minutes: Above0 = 10.0  # minutes between checkpoints at most
+    eval_every: Whole = 0  # updates between evaluations, 0 = an epoch, or a twentieth of the run if longer
+    seed: Whole = 1  # seed of everything random
+    # When to stop
     max_bad_fraction: UpTo1 = 0.05  # stop if more of the clips read than this cannot be used
     max_skipped: Count = 50  # stop after so many updates in a row whose gradient is not finite
     timeout: Above0 = 10.0  # minutes after which a process that hangs ends the job
@@ -106,6 +109,11 @@ PRESETS = {
     "spcv2": dict(
         weighted=False, batch_size=256, updates=40_000, warmup=4_000, clip_frames=128, norm_mean=-6.846,
         norm_std=5.565, loss="bce", metric="accuracy", label_smoothing=0.1, noise=True, lr=2e-4, seed=42,
+    ),
+    "own": dict(
+        weighted=False, loss="ce", metric="accuracy", label_smoothing=0.1, mixup=0.0, roll=False,
+        specaug_freq=0.1, specaug_time=0.1, layer_decay=0.9, batch_size=32, updates=400, warmup=40,
+        log_every=20,
     ),
     "demo": dict(
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune",
@@ -305,10 +313,14 @@ def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Label
     """Check the settings against one another, and open what they name: training and test set, network."""
     if config.mixup and config.batch_size // (world * config.accumulate) % 2:
         raise InputError(f"mixup pairs clips: --batch_size {config.batch_size} must give even parts")
-    if not config.eval_data or not config.init:
-        raise InputError("--eval_data (a labelled manifest) or --init (a checkpoint, or scratch) is missing")
+    for name, what in (("eval_data", "a labelled manifest"), ("init", "a checkpoint, or scratch")):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is missing: {what}")
     classes = read_classes(config.classes) if config.classes else None
     train = open_labelled(config.data, config.clip_frames, classes, config.min_samples, allow_silence=False)
+    short = [",".join(train.data.manifest.fields(i)[2:3]) for i in train.data.too_short.tolist()]
+    if lost := {label.strip() for text in short for label in text.split(",")} - train.classes.keys() - {""}:
+        raise InputError(f"all clips of {min(lost)} are shorter than --min_samples {config.min_samples}")
     test = open_labelled(config.eval_data, config.clip_frames, train.classes)
     if len(train.classes) < 2:
         raise InputError(f"{config.data} has one class only: {next(iter(train.classes))}")
@@ -328,6 +340,21 @@ def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Label
     model = AudioClassifier(network, train.classes, config.pooling, config.loss == "ce")
     model.encoder.load_state_dict(encoder.state_dict())
     return train, test, model
+
+
+def fit_presets(argv: list[str]) -> dict[str, dict]:
+    """PRESETS; `own` fitted to the checkpoint and the labels that a command line names: clip length,
+    normalisation and shortest clip as in pre-training, lr by width, BCE if clips have several labels."""
+    config = parse_config(FinetuneConfig, PRESETS, argv)
+    if not {"own", "--preset=own"} & set(argv) or config.init in ("", "scratch") or not config.data:
+        return PRESETS
+    state = read_pretrained(config.init)
+    fitted = {name: state["network"][name] for name in ("clip_frames", "norm_mean", "norm_std")}
+    fitted |= dict(lr=round(0.2 / state["network"]["width"], 6))  # 1e-3 for the demo's network
+    fitted |= dict(min_samples=state.get("settings", {}).get("min_samples", config.min_samples))
+    if (open_labelled(config.data, fitted["clip_frames"]).targets.sum(1) > 1).any():
+        fitted |= dict(loss="bce", metric="mAP")
+    return PRESETS | dict(own=PRESETS["own"] | fitted)
 
 
 def train(config: FinetuneConfig) -> int:
@@ -367,10 +394,12 @@ def train(config: FinetuneConfig) -> int:
             run.plain["best"] = dict(step=step, score=scores[config.metric])
             run.save("best.pt", step, classifier=classifier)
 
+    # Clips between evaluations: those of an epoch, but of a tiny set more
+    stretch = config.batch_size * config.eval_every
+    stretch = stretch or max(sampler.epoch_items, config.batch_size * config.updates // 20)
     head, best = classifier.head_settings, state.get("best", dict(step=0, score=-1.0))
     for step in run.steps(start, network=asdict(classifier.config), head=head, best=best):
-        ends_epoch = step * config.batch_size % sampler.epoch_items < config.batch_size
-        if step and (step % config.eval_every == 0 if config.eval_every else ends_epoch):
+        if step and step * config.batch_size % stretch < config.batch_size:
             evaluate(step)
         micro = draw_parts(batches, sampler, targets, config, step, run.device)
         torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))  # now: loaders draw, too
@@ -388,4 +417,4 @@ def train(config: FinetuneConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(FinetuneConfig, PRESETS)))
+    run_script(lambda: train(parse_config(FinetuneConfig, fit_presets(sys.argv[1:]))))

@@ -5,10 +5,9 @@
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv     the paper's setup
 
 The run folder `--out_dir` gets config.json, log.jsonl (a line every `--log_every` updates), bad_files.tsv,
-last.pt and the one before it, previous.pt; the same command started again goes on from there. `step` counts
-completed updates. What is random in update `step` is drawn from (seed, step, clip): the run is the same for
-any number of processes, parts and workers. Citations such as EAT_pretraining.py:364 point into the released
-code (github.com/cwx-worst-one/EAT at 06c1c34).
+last.pt and the one before it, previous.pt; the same command started again goes on from there. What is random
+in update `step`, which counts completed ones, is drawn from (seed, step, clip): the run is the same for any
+number of processes, parts and workers. EAT_pretraining.py:364 is released code, cited as in model.py.
 """
 
 import copy
@@ -51,53 +50,54 @@ DEMO = Path(__file__).resolve().parent / "extras" / "demo"
 class PretrainConfig:
     """The rows of the paper's Table 4, with the released code's values where the paper has none or others."""
 
+    # Data and network
     data: str = ""  # manifest to train on (python extras/prepare.py scan makes one)
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
     model: Literal[*MODELS] = "base"  # base (ViT-B), large (ViT-L), small, demo or tiny: rows of model.MODELS
     init: str = ""  # start from the student and teacher of this pre-training checkpoint, own or released
-    clip_frames: Count = 1024  # frames of 10 ms per clip; shorter clips are padded
-    norm_mean: Number = -4.268  # of the log-mel values (AudioSet); extras/prepare.py stats prints yours
-    norm_std: Above0 = 4.569  # likewise; values are divided by twice this
+    clip_frames: Count = 1024  # frames of 10 ms of a clip, a multiple of 16; shorter clips are padded
+    norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
+    norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
     min_samples: Whole = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
-
+    # Masks
     mask: Literal["block", "flexible"] = "block"  # flexible: a shape drawn for each clip
     mask_ratio: Below1 = 0.8  # fraction of patches hidden from the student
     mask_block_time: Count = 5  # size of a visible block in patches of 160 ms; 1 x 1: random masks
-    mask_block_freq: Count = 5  # and in patches of 16 mel bins
+    mask_block_freq: Count = 5  # size of a visible block in patches of 16 mel bins
     mask_adjust: UpTo1 = 0.07  # extra area drawn to make up for overlapping blocks (released code)
     clones: Count = 16  # masked copies of each clip
     mask_noise: AtLeast0 = 0.01  # std of the noise that fills masked places for the decoder (released code)
-
-    utterance_weight: AtLeast0 = 192.0  # of the CLS loss; 192 is the released lambda = 1 (see README)
+    # Loss and teacher
+    utterance_weight: AtLeast0 = 192.0  # weight of the CLS loss; 192 is the released lambda = 1 (see README)
     target_layers: Whole = 0  # average the teacher's last blocks, 0 = all
-    ema_decay: UpTo1 = 0.9998  # of the teacher at the start (released code), rising linearly
-    ema_decay_end: UpTo1 = 0.99999  # to this
-    ema_anneal: Count = 100_000  # after this many updates
-
+    ema_decay: UpTo1 = 0.9998  # decay of the teacher at first (released code), rising linearly
+    ema_decay_end: UpTo1 = 0.99999  # decay of the teacher at last
+    ema_anneal: Count = 100_000  # updates until then, in proportion to --updates unless given
+    # Optimisation
     batch_size: Count = 48  # clips per update, over all processes
     accumulate: Count = 1  # parts that a process divides its clips into, to save memory
     updates: Count = 400_000  # 10 epochs of AudioSet
     lr: Above0 = 5e-4  # peak learning rate
     min_lr: AtLeast0 = 0.0  # learning rate at both ends (the paper's table says 1e-6)
-    warmup: Whole = 53_333  # updates of linear warm-up, then cosine decay
-    beta1: Below1 = 0.9  # AdamW
-    beta2: Below1 = 0.95  # AdamW
-    weight_decay: AtLeast0 = 0.05  # AdamW, on everything (released code)
+    warmup: Whole = 53_333  # updates of linear warm-up, in proportion to --updates unless given; then cosine
+    beta1: Below1 = 0.9  # AdamW's decay of the mean gradient
+    beta2: Below1 = 0.95  # AdamW's decay of the mean squared gradient
+    weight_decay: AtLeast0 = 0.05  # AdamW's, on everything (released code)
     clip_norm: Above0 = 4.0  # largest gradient norm (released code)
-
+    # The run
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the networks
-    workers: Whole = 4  # loader processes per training process, one for each core at most
+    workers: Whole = 4  # loader processes of a training process, one for each core at most
     log_every: Count = 100  # updates between log lines
     save_every: Count = 1000  # updates between checkpoints
-    save_minutes: Above0 = 10.0  # and minutes at most
-    seed: Whole = 1  # of everything random
-
+    save_minutes: Above0 = 10.0  # minutes between checkpoints at most
+    seed: Whole = 1  # seed of everything random
+    # When to stop
     max_bad_fraction: UpTo1 = 0.05  # stop if more of the clips read than this cannot be used
     max_skipped: Count = 50  # stop after so many updates in a row whose gradient is not finite
     stop_on_collapse: bool = False  # stop, rather than warn, when targets or predictions are nearly constant
     timeout: Above0 = 10.0  # minutes after which a process that hangs ends the job
-
+    # Probes
     probe_train: str = ""  # labelled manifest: fit probes of the frozen encoder, before and after training
     probe_test: str = ""  # labelled manifest to score them on
     probe_every: Whole = 0  # also probe every so many updates, 0 = not
@@ -114,10 +114,6 @@ class PretrainConfig:
     def grid(self) -> tuple[int, int]:
         return MODELS[self.model].grid(self.clip_frames)
 
-    @property
-    def n_visible(self) -> int:
-        return count_visible(self.grid[0] * self.grid[1], self.mask_ratio)
-
 
 PRESETS = {
     "base": {},
@@ -132,6 +128,7 @@ PRESETS = {
 }  # fmt: skip
 
 LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_step returns
+SHOWN = "step loss lr clips_per_s minutes_left probe_linear probe_knn mAP accuracy".split()  # on the console
 # What may change when a run goes on; all else makes it another experiment. Of `data`, only its place
 MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every save_minutes max_bad_fraction
     max_skipped stop_on_collapse timeout probe_train probe_test probe_every""".split()
@@ -141,10 +138,8 @@ MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every sav
 
 
 def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
-    """Learning rate of the update after `step` completed ones: linear from min_lr to peak, then cosine back.
-
-    As the released recipe (fairseq's cosine_lr_scheduler.py:71-146): the first update has min_lr.
-    """
+    """Learning rate after `step` updates: linear from min_lr, which the first update has, to peak, then
+    cosine back, as the released recipe (fairseq's cosine_lr_scheduler.py:71-146)."""
     if step < warmup:
         return min_lr + (peak - min_lr) * step / warmup
     return min_lr + (peak - min_lr) / 2 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
@@ -200,10 +195,8 @@ def train_step(
     parts: Iterable[tuple[Tensor, Tensor, Tensor]], step: int, config: PretrainConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of student and teacher; `model` is the student EAT or the DistributedDataParallel around it.
-
     Returns loss, loss_frame, loss_utterance (means over the parts), grad_norm (before clipping), and of the
-    last part pred, targets and mask. Nothing here waits for the GPU.
-    """
+    last part pred, targets and mask. Nothing here waits for the GPU."""
     student = getattr(model, "module", model)
     optimizer.param_groups[0]["lr"] = cosine_lr(step, config.lr, config.warmup, config.updates, config.min_lr)
     losses, share = 0.0, 1 / config.accumulate
@@ -212,14 +205,13 @@ def train_step(
             with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
                 with torch.no_grad():
                     targets = make_targets(teacher.ffn_outputs(spec)[-config.target_layers :])  # (B, N, D)
-                ids_keep = visible_ids(mask, config.n_visible)                                  # (B*C, V)
+                ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))   # (B*C, V)
                 out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
             scaler.scale(out["loss"] / config.accumulate).backward()
         losses += share * torch.stack([out["loss"].detach(), out["loss_frame"], out["loss_utterance"]])
     grad_norm = descend(optimizer, scaler, student, config.clip_norm)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
-    numbers = dict(zip(LOGGED, (*losses, grad_norm)))
-    return numbers | dict(pred=out["pred"], targets=targets, mask=mask)
+    return dict(zip(LOGGED, (*losses, grad_norm)), pred=out["pred"], targets=targets, mask=mask)
 
 
 # ----- Pre-training ----------------------------------------------------------------------------------------
@@ -237,7 +229,7 @@ def open_inputs(config: PretrainConfig) -> tuple[AudioDataset, list[Labelled], E
         raise InputError(f"--target_layers is above the {student.config.depth} blocks of {config.model}")
     if bool(config.probe_train) != bool(config.probe_test):
         raise InputError("probes need both --probe_train and --probe_test")
-    data, sets = AudioDataset(config.data, config.clip_frames, config.min_samples), []
+    data, sets = AudioDataset(config.data, config.clip_frames, config.min_samples).checked(), []
     for source in filter(None, (config.probe_train, config.probe_test)):
         sets.append(open_labelled(source, config.clip_frames, sets[0].classes if sets else None))
     teacher = copy.deepcopy(student.encoder)
@@ -260,8 +252,8 @@ def train(config: PretrainConfig) -> int:
     # Resume: weights and optimizer from the newest checkpoint, clips from its update on
     parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
     start = run.resume(parts, MAY_CHANGE, data_digest=data.digest())["step"]
-    process = (run.rank, run.world, config.accumulate)
-    sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *process)
+    place = (run.rank, run.world, config.accumulate)
+    sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *place)
     run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces")
 
     # Speed: compile in place, so that names of parameters stay; average gradients over processes
@@ -330,20 +322,18 @@ class Run:
         if not config.data:
             raise InputError("--data is missing: a manifest (python extras/prepare.py scan makes one)")
         if config.batch_size % (self.world * config.accumulate):
-            parts = f"{self.world} processes x {config.accumulate} parts (--accumulate)"
-            raise InputError(f"--batch_size {config.batch_size} does not divide over {parts}")
+            parts = f"{self.world} processes x {config.accumulate} (--accumulate)"
+            raise InputError(f"--batch_size {config.batch_size} does not divide by {parts}")
         self.precision, self.amp = pick_precision(config.amp, self.device)
-        # loss scaling as released: 2^7 at first, doubled after so many good updates
-        scaling = dict(init_scale=2.0**7, growth_interval=growth_interval, enabled=self.precision == "fp16")
-        self.scaler = torch.amp.GradScaler(self.device.type, **scaling)
+        scaling = dict(growth_interval=growth_interval, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, 2.0**7, **scaling)  # as released
         self.loading = dict(workers=config.workers, timeout=60 * config.timeout)
         self.status, self.reason = 0, ""  # exit status, above 0 to stop; and why
         self.history, self.n_skipped, self.n_read, self.n_bad, self.bad = [], 0, 0, 0, set()
         self.begun, self.seconds, self.waited, self.saved = 0.0, 0.0, 0.0, time.monotonic()
 
     def resume(self, parts: dict, may_change: list[str], **digests: str) -> dict:
-        """Open the run folder; give the parts of the run what its newest checkpoint holds. Returns that, or
-        raises InputError if the folder is another run's or in use, or if the processes do not agree."""
+        """Open the run folder; its newest checkpoint goes into `parts` and is returned. Raises InputError."""
         self.parts, self.settings = parts, asdict(self.config) | digests | dict(amp=self.precision)
         shared = [self.open_folder() if self.rank == 0 else None, self.settings]
         if self.world > 1:
@@ -355,7 +345,8 @@ class Run:
         old = state.get("settings", {})
         if changed := [k for k in settings | old if k not in may_change and old.get(k) != settings.get(k)]:
             diff = "; ".join(f"{k} was {old.get(k)}, now {settings.get(k)}" for k in changed)
-            raise InputError(f"{self.out_dir} holds a run with other settings ({diff}): choose another")
+            more = f"; to train on, --init {self.out_dir}" if "updates" in changed else ""
+            raise InputError(f"{self.out_dir} holds a run with other settings ({diff}): choose another{more}")
         with refusing(path):
             for name, part in parts.items() if path else ():
                 part.load_state_dict(state[name])
@@ -411,8 +402,15 @@ class Run:
         before = {number: signal.signal(number, on_signal) for number in signals}
         agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: unless on a terminal
         for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
+            begin = time.perf_counter()
             yield step
-            self.seconds, self.begun = self.seconds + time.perf_counter() - self.begun, 0.0
+            now, n_left = time.perf_counter(), updates - step - 1
+            self.seconds, self.begun = self.seconds + now - self.begun, 0.0
+            if step == start + 2:  # the first ones are slower
+                days = min(1e5, n_left * (now - begin) / 86_400)
+                end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + 86_400 * days))
+                advice = f" ({days:.0f} days: --preset demo or --model small?)" if days > 3 else ""
+                self.say(f"an update takes {now - begin:.2f} s: {n_left:,} more until {end}{advice}")
             agreed.fill_(self.status)
             if self.world > 1:
                 dist.all_reduce(agreed, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
@@ -467,23 +465,25 @@ class Run:
         self.log(
             step=step, **dict(zip(names, means)), **more, skipped=int((~is_good).sum()), bad_clips=n_bad,
             clips_per_s=len(rows) * c.batch_size / seconds, step_ms=1000 * seconds / len(rows),
-            data_wait=self.waited / seconds, gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+            minutes_left=(c.updates - step) * seconds / len(rows) / 60, data_wait=self.waited / seconds,
+            gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
         )  # fmt: skip
         for good in is_good.tolist():
             self.n_skipped = 0 if good else self.n_skipped + 1
             if self.n_skipped == c.max_skipped:
                 self.complain(f"{c.max_skipped} updates in a row had no finite gradient (lower --lr)")
         if n_read >= 100 and n_bad / n_read > c.max_bad_fraction:
-            what = f"{n_bad / n_read:.0%} of the clips cannot be used (--max_bad_fraction)"
-            self.complain(f"{what}: see {self.out_dir}/bad_files.tsv")
+            share = f"{n_bad / n_read:.0%} of the clips"
+            self.complain(f"{share} cannot be used (--max_bad_fraction): see {self.out_dir}/bad_files.tsv")
         self.history, self.bad = [], set()
         self.begun, self.seconds, self.waited = time.perf_counter(), 0.0, 0.0
 
     def log(self, **record) -> None:
-        """Add a JSON line to log.jsonl, and print it in short."""
+        """Add a JSON line to log.jsonl, and print what people watch."""
         if self.rank == 0:
             self.write("log.jsonl", [json.dumps(record)])
-        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+        shown = [(name, record[name]) for name in SHOWN if record.get(name) is not None]
+        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown))
 
     def write(self, name: str, lines: Iterable[str]) -> None:
         """Add the lines that are new to a file of the run folder; a full disk costs them, not the run."""

@@ -38,10 +38,14 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 from evaluate import init_distributed, pick_precision  # noqa: E402
-from masking import visible_ids  # noqa: E402
+from masking import count_visible, visible_ids  # noqa: E402
 from model import EAT, MODELS, AudioClassifier, ModelConfig, make_targets, save_checkpoint  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def n_visible(config: pretrain.PretrainConfig) -> int:
+    return count_visible(config.grid[0] * config.grid[1], config.mask_ratio)
 
 
 def median_seconds(function, runs: int = 5, warmup: int = 1) -> float:
@@ -84,7 +88,7 @@ def update_flops(config: pretrain.PretrainConfig) -> dict[str, float]:
     conv = c.decoder_depth * 2 * c.width * (c.width // c.decoder_groups) * c.decoder_kernel**2
     return dict(
         teacher=config.batch_size * forward_flops(c, n + 1),
-        student=3 * views * forward_flops(c, config.n_visible + 1),
+        student=3 * views * forward_flops(c, n_visible(config) + 1),
         decoder=3 * views * n * (conv + 2 * c.width**2),
     )
 
@@ -122,7 +126,7 @@ def bench_update(config: pretrain.PretrainConfig, made, runs: int) -> dict[str, 
 
     spec = front_end()
     mask = pretrain.draw_masks(config, 0, DEVICE)
-    ids_keep = visible_ids(mask, config.n_visible)
+    ids_keep = visible_ids(mask, n_visible(config))
     noise = pretrain.draw_noise(config, 0, range(config.batch_size), DEVICE)
 
     def autocast(function):
@@ -174,7 +178,7 @@ def peak_memory() -> float:
 def bench_backward(student, teacher, optimizer, part, config, dtype, runs: int) -> dict[str, float]:
     """The backward pass alone, and what follows it: gradient norm and optimizer."""
     spec, mask, noise = part
-    ids_keep = visible_ids(mask, config.n_visible)
+    ids_keep = visible_ids(mask, n_visible(config))
     with torch.no_grad():
         targets = make_targets(teacher.ffn_outputs(spec))
     backward, after = [], []
@@ -227,7 +231,7 @@ def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> No
     model.register_comm_hook(None, hook)
     spec = torch.randn(1, 1, config.clip_frames, data.MEL_BINS)
     mask = pretrain.draw_masks(config, 0, spec.device)
-    ids_keep = visible_ids(mask, config.n_visible)
+    ids_keep = visible_ids(mask, n_visible(config))
     noise = pretrain.draw_noise(config, 0, [0], spec.device)
     targets = torch.zeros(1, mask.shape[1], config.network.width)
     for _ in range(2):  # the order of the gradients is known from the second time on

@@ -177,7 +177,7 @@ def test_the_demos_table_is_the_default(tmp_path, called):
     "args, message",
     [
         (["--init", "scratch"], "--init must be a checkpoint"),
-        (["--init", ""], "--init (a checkpoint, or scratch) is missing"),
+        (["--init", ""], "--init is missing: a checkpoint, or scratch"),
         (["--init", "nothing.pt"], "there is no file nothing.pt"),
         (["--seeds", "0"], "--seeds counts from 1"),
         (["--seeds", "3", "--init", "pre{seed}.pt"], "there is no file pre3.pt"),

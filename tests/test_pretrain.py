@@ -6,6 +6,7 @@ What a run promises when something goes wrong is tested in test_faults.py.
 import copy
 import ctypes
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -20,9 +21,11 @@ from conftest import DEVICES, NEEDS_GPU, ROOT
 from test_data import bad_files
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune
 import pretrain
 from data import InputError
 from evaluate import parse_config, pick_precision
+from masking import count_visible
 from model import EAT, MODELS, MLP, ModelConfig, load_checkpoint
 from pretrain import (
     PRESETS, PretrainConfig, cosine_lr, draw_masks, draw_noise, ema_decay, ema_update, open_inputs, trim_log,
@@ -60,8 +63,8 @@ def test_released_sizes():
     for name, trainable in (("base", 87_840_000), ("large", 308_543_488)):
         with torch.device("meta"):
             assert sum(p.numel() for p in EAT(MODELS[name]).parameters()) == trainable
-    assert BASE.grid == (64, 8) and BASE.n_visible == 102
-    assert dataclasses.replace(BASE, **PRESETS["large"]).n_visible == 128
+    assert BASE.grid == (64, 8) and count_visible(512, BASE.mask_ratio) == 102
+    assert count_visible(512, PRESETS["large"]["mask_ratio"]) == 128
 
 
 def test_initialisation_follows_the_released_code():
@@ -99,7 +102,7 @@ def test_masks_and_noise_depend_on_seed_step_and_clip_only():
     for kind in ("block", "flexible"):
         config = dataclasses.replace(config, mask=kind)
         masks = draw_masks(config, 7, CPU)
-        assert masks.shape == (12, 512) and ((~masks).sum(1) == config.n_visible).all()
+        assert masks.shape == (12, 512) and ((~masks).sum(1) == count_visible(512, config.mask_ratio)).all()
         assert torch.equal(masks, draw_masks(config, 7, CPU))
         assert not torch.equal(masks, draw_masks(config, 8, CPU))
         assert not torch.equal(masks, draw_masks(dataclasses.replace(config, seed=2), 7, CPU))
@@ -125,8 +128,47 @@ def test_flags_presets_and_help(capsys):
     assert all(f"--{field.name}" in text for field in dataclasses.fields(PretrainConfig))
 
 
+@pytest.mark.parametrize("module, cls, preset", [
+    (pretrain, PretrainConfig, "demo"), (finetune, finetune.FinetuneConfig, "esc50"),
+])  # fmt: skip
+def test_help_is_of_the_preset_in_groups_and_whole_phrases(capsys, module, cls, preset):
+    """The defaults are the chosen preset's; every flag stands below a heading, and explains itself."""
+    with pytest.raises(SystemExit):
+        parse_config(cls, module.PRESETS, ["--preset", preset, "--help"])
+    text = capsys.readouterr().out
+    flags = [" ".join(flag.split()) for flag in re.split(r"^  --", text, flags=re.M)]
+    for name, value in module.PRESETS[preset].items():
+        (flag,) = [flag for flag in flags if flag.startswith((f"{name} ", f"{name},"))]
+        assert f"(default: {value})" in flag
+    source = inspect.getsource(cls)
+    groups = re.findall(r"^    # (.+)$", source, re.M)
+    assert len(groups) >= 5 and all(f"\n{group}:\n  --" in text for group in groups)
+    for phrase in re.findall(r"^    \w+: .*  # (.+)$", source, re.M):
+        assert not re.match(r"(of|and|likewise|to this)\b", phrase), phrase
+
+
+def test_what_is_not_given_fits_what_is():
+    """Warm-ups take their share of --updates; the demo's labelled sets do not come with another --data."""
+
+    def parse(*argv):
+        return parse_config(PretrainConfig, PRESETS, ["--preset", "demo", *argv])
+
+    usual, short = parse(), parse("--updates", "60")
+    assert (usual.warmup, usual.ema_anneal, short.warmup, short.ema_anneal) == (100, 600, 10, 60)
+    assert parse("--updates=60", "--warmup=7").warmup == 7
+    assert parse("--updates", "1").ema_anneal == 1
+    own = parse("--data", "mine.tsv")
+    assert usual.probe_train and usual.probe_test and not own.probe_train and not own.probe_test
+    assert parse("--data", "mine.tsv", "--probe_train", "a.tsv").probe_train == "a.tsv"
+    argv = "--preset demo --data x.tsv".split()
+    assert not parse_config(finetune.FinetuneConfig, finetune.PRESETS, argv).eval_data
+    with pytest.raises(InputError, match="--warmup 60 must be less than --updates 60"):
+        parse("--updates", "60", "--warmup", "60")
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["--upd", "3"], "--upd"), (["--preset", "huge"], "'huge' (choose from"), (["--nonsense"], "--nonsense"),
+    (["--upd", "3"], "--upd"), (["--update", "3"], "did you mean --updates?"),
+    (["--preset", "huge"], "'huge' (choose from"), (["--nonsense"], "--nonsense"),
     (["--updates", "many"], "invalid int value: 'many'"), (["--lr"], "expected one argument"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(argv, message):
@@ -136,7 +178,7 @@ def test_wrong_flags_are_one_line(argv, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(batch_size=50, accumulate=4), "--batch_size 50 does not divide over 1 processes x 4 parts"),
+    (dict(batch_size=50, accumulate=4), "--batch_size 50 does not divide by 1 processes x 4 (--accumulate)"),
     (dict(batch_size=0), "--batch_size must be a whole number above 0"),
     (dict(model="huge"), "--model huge: choose from base"),
     (dict(warmup=-1), "--warmup must be a whole number from 0 on"),
@@ -426,7 +468,7 @@ def our_lines(result: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.mark.parametrize("args, message", [
     (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv: No such file or directory"),
-    (["--batch_size", 7], "--batch_size 7 does not divide over 2 processes x 1 parts (--accumulate)"),
+    (["--batch_size", 7], "--batch_size 7 does not divide by 2 processes x 1 (--accumulate)"),
     (["--lr", -1], "--lr must be a number above 0, not -1.0"),
     (["--out_dir", "mine"], "mine is not empty and holds no run: choose another --out_dir"),
 ])  # fmt: skip

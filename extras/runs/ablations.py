@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras")]
 from bench import update_flops  # noqa: E402
 
 from data import open_labelled  # noqa: E402
-from evaluate import accuracy, knn_probe, linear_probe, pooled, predict  # noqa: E402
+from evaluate import knn_probe, linear_probe, pooled, predict, summarize_scores  # noqa: E402
 from model import EAT, Encoder  # noqa: E402
 from plot import plt  # noqa: E402
 from pretrain import PRESETS, PretrainConfig  # noqa: E402
@@ -105,7 +105,7 @@ def probes(encoder: Encoder, audio: Path) -> dict[str, dict[str, float]]:
             "linear, mean": linear_probe(x[:, width:], y, x_test[:, width:]),
             "knn": knn_probe(x, y, x_test),
         }
-        found[task] = {name: accuracy(some, y_test) for name, some in scores.items()}
+        found[task] = {n: summarize_scores(some, y_test)[0]["accuracy"] for n, some in scores.items()}
     return found
 
 
