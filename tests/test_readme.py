@@ -17,6 +17,7 @@ import plot
 import prepare
 import pytest
 import released
+import torch
 from bench import update_flops
 from conftest import ROOT
 
@@ -113,7 +114,7 @@ def test_flags(monkeypatch, capsys):
     fields = [*dataclasses.fields(PretrainConfig), *dataclasses.fields(FinetuneConfig)]
     known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type is bool}
     known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}  # torchrun's
-    known |= {"preset", "help", "model", "sets", "from", "cache", "json", "shm-size", "ipc"}
+    known |= set("preset help model sets from cache json shm-size ipc extra-index-url".split())
     for module in (*SCRIPTS.values(), evaluate):
         for command in ("scan", "stats", "pack") if module is prepare else ("",):
             monkeypatch.setattr(sys, "argv", [module.__name__, *filter(None, [command]), "--help"])
@@ -234,15 +235,22 @@ def test_the_two_setup_commands():
 def test_snippets_run(tmp_path, script, monkeypatch):
     """In order, in one session."""
     os.symlink(ROOT / "extras", tmp_path / "extras")
-    os.symlink(ROOT / "tests" / "golden" / "hf_finetuned", tmp_path / "EAT-base_finetune_AS2M")
+    (tmp_path / "worstchan").mkdir()
+    for name, golden in (("base_epoch30_pretrain", "pretrained"), ("base_finetune_AS2M", "finetuned")):
+        os.symlink(ROOT / "tests" / "golden" / f"hf_{golden}", tmp_path / "worstchan" / f"EAT-{name}")
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     for snippet in blocks("python"):
         exec(snippet, session)
     assert session["probabilities"].shape == (1, len(session["model"].classes))
     assert session["mask"].shape == (16, 512) and session["ids_keep"].shape == (16, 102)
-    assert session["spec"].shape[-1] == 128 and session["ap"].shape == (5,)
-    assert session["tokens"].shape[2] == session["model"].config.width
+    assert session["ap"].shape == (5,)
+    patches, times = session["patches"], session["times"]
+    assert patches.shape == (1, len(times), 8, session["encoder"].config.width)
+    frames, depth = session["spec"].shape[2], session["encoder"].config.depth
+    assert len(times) == frames // 16 and times[:2].tolist() == pytest.approx([0.08, 0.24])
+    tokens = evaluate.tokens_after(session["encoder"], depth * 7 // 12)(session["spec"])
+    assert torch.equal(tokens[:, 1:][0, -1], patches[0, -1, -1])
 
 
 def test_scripts_run_from_any_folder(tmp_path):
