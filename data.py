@@ -89,8 +89,7 @@ def log_mel(waveform: Tensor) -> Tensor:
 
     F = 1 + (S - 400) // 160: only frames that lie inside the waveform. Equals
     torchaudio.compliance.kaldi.fbank with the released settings (data/raw_audio_dataset.py:399-402): 25 ms
-    Hann windows every 10 ms, mean removed per frame, pre-emphasis 0.97, power spectrum, 128 mel bins from 20
-    Hz to 8 kHz.
+    Hann windows every 10 ms, mean removed per frame, pre-emphasis 0.97, powers, 128 mel bins to 8 kHz.
     """
     waveform = to_float(waveform)
     window = torch.hann_window(FRAME_LENGTH, periodic=False, device=waveform.device)
@@ -151,11 +150,14 @@ def whole_rate(rate: int) -> int:
 
 def resample(waveform: Tensor, rate: int) -> Tensor:
     """Resample (..., S) from `rate` Hz to 16 kHz with torchaudio's windowed sinc, as the released code."""
-    if whole_rate(rate) == SAMPLE_RATE:
-        return waveform
+    return waveform if whole_rate(rate) == SAMPLE_RATE else _resampler(whole_rate(rate))(waveform)
+
+
+@functools.lru_cache(8)  # to make the filter takes as long as to use it on ten seconds
+def _resampler(rate: int) -> torch.nn.Module:
     import torchaudio
 
-    return torchaudio.functional.resample(waveform, whole_rate(rate), SAMPLE_RATE)
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE, dtype=torch.float32)
 
 
 def read_pieces(
@@ -212,7 +214,7 @@ def load_audio(
 
 def check_peak(waveform: Tensor, allow_silence: bool) -> None:
     """Raise InputError for what is not audio, or silent."""
-    peak = waveform.abs().max().item()
+    peak = torch.stack(waveform.aminmax()).abs().max().item()
     if not peak <= LOUDEST:
         raise InputError(f"its samples reach {peak:.6g}, where full scale is 1: scaled as integers are?")
     if peak < SILENCE and not allow_silence:
@@ -401,10 +403,8 @@ def open_labelled(
 
 
 def seed_of(purpose: str, *key: int) -> int:
-    """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip).
-
-    Randomness is drawn from these, never from the state of a process: it does not matter how many there are.
-    """
+    """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip): randomness is drawn
+    from these, never from the state of a process, so that it does not matter how many there are."""
     return int(np.random.SeedSequence([*purpose.encode(), *key]).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -413,8 +413,7 @@ class ClipSampler:
 
     Update s uses the clips s * batch_size ... (s + 1) * batch_size - 1 of that stream, for any number of
     processes; each takes its share of them, in `accumulate` parts. Iterates over lists of items from update
-    `start` on. An epoch is a permutation of all items or, with `weights`, `epoch_items` of them drawn without
-    replacement.
+    `start` on. An epoch is a permutation of all items or, with `weights`, `epoch_items` drawn, none twice.
     """
 
     def __init__(
