@@ -155,7 +155,7 @@ def run_script(main: Callable[[], int]) -> None:
     except RuntimeError as error:
         if "DataLoader" in str(error):  # it waited too long, or a loader process is dead
             cure = "more shared memory (docker --ipc=host or --shm-size), or --workers 0"
-            line = f"{first_line(error).rstrip('.')}: try {cure}"
+            line, _kept = f"{first_line(error).rstrip('.')}: try {cure}", error  # say it, then end loaders
         elif not (dist.is_initialized() and store().check(["said"])):  # or another process has said why
             raise
     is_joined, rank = dist.is_initialized(), os.environ.get("RANK", "0")
@@ -267,7 +267,7 @@ def predict(
     batches = torch.arange(len(data)).tensor_split(world)[rank].split(batch_size)
     loader = build_loader(data, [batch.tolist() for batch in batches if len(batch)], workers, **loading)
     values, items, problems = [], [], []
-    for batch in tqdm(loader, desc="predict", leave=False, disable=rank > 0 or None):  # None: if no terminal
+    for batch in tqdm(loader, "predict", len(batches), leave=False, disable=rank > 0 or None):  # None: no tty
         waveform, n_samples = batch.waveform.to(device), batch.n_samples.to(device)
         out = function(spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)).float().cpu()
         good = [row for row, problem in enumerate(batch.problems) if not problem]  # a stand-in is not scored
@@ -294,7 +294,7 @@ def score(
 
 # ----- Probes: what a frozen encoder knows about labels it was never shown ---------------------------------
 
-POOLINGS = ("cls_mean", "bands")
+POOLINGS = ("bands", "cls_mean")
 
 
 def mean_and_std(x: Tensor, weight: Tensor) -> Tensor:
@@ -312,13 +312,14 @@ def sounding(spec: Tensor) -> Tensor:
 
 
 def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]:
-    """The tokens (B, 1+N, D) after a block: from 1 on, 0 is the last. Raises InputError if there is none."""
+    """The tokens (B, 1+N, D) after a block: from 1 on; 0 is at 7/12 of the depth, where tokens know more of
+    labels than at its end (extras/runs/laptop/README.md). Raises InputError if there is no such block."""
     if not 0 <= block <= encoder.config.depth:
         raise InputError(f"there is no block {block}: the encoder has {encoder.config.depth}")
 
     def encode(spec: Tensor) -> Tensor:
         tokens = encoder.embed(spec)
-        for layer in encoder.blocks[: block or None]:
+        for layer in encoder.blocks[: block or max(1, len(encoder.blocks) * 7 // 12)]:
             tokens, _ = layer(tokens)
         return tokens
 
@@ -326,10 +327,10 @@ def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]
 
 
 def pooled(encoder: Encoder, pooling: str = POOLINGS[0], block: int = 0) -> Callable[[Tensor], Tensor]:
-    """What the probes see of a clip after a block, a function for `predict`.
+    """What the probes see of a clip after a block, as `tokens_after` counts them: a function for `predict`.
 
-    "cls_mean": CLS token and mean patch, (B, 1, F, M) -> (B, 2D); "bands": mean and std over time of the
-    patches in each band, without padding, (B, 2WD). Raises InputError if there is no such block.
+    "bands": mean and std over time of the patches in each band, without padding, (B, 1, F, M) -> (B, 2WD);
+    "cls_mean", as in published probes: CLS token and mean patch, (B, 2D). Raises InputError.
     """
     encode = tokens_after(encoder, block)
     if pooling not in POOLINGS:
@@ -465,13 +466,13 @@ def main() -> int:
     parser.add_argument("test", nargs="?", help="labelled clips to score the probes on")
     parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
     parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="what probes see of a clip")
-    parser.add_argument("--block", type=int, default=0, help="that probes see: from 1 on, 0 = the last")
+    parser.add_argument("--block", type=int, default=0, help="that probes see, from 1 on; 0 = 7/12 of all")
     parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
     parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
     args = parser.parse_args()
     rank, _, device = init_distributed(args.timeout)
-    loading = dict(workers=args.workers, timeout=60 * args.timeout)
+    loading = dict(workers=args.workers, timeout=54 * args.timeout)  # fails before who waits for it
     if args.test:
         encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
         train = open_labelled(args.manifest, encoder.config.clip_frames)

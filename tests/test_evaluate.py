@@ -122,29 +122,29 @@ def slow_tokens(encoder: Encoder, spec: torch.Tensor, n_blocks: int) -> torch.Te
 
 @torch.no_grad()
 def test_tokens_after_a_block(encoder):
-    """Counted from 1 on; 0 is the last, which is what the encoder returns; others are refused."""
+    """Counted from 1 on, the last is what the encoder returns; 0 is at 7/12 of them; others are refused."""
     spec = padded_spectrogram([96, 40])
     for block in (1, 2, 3):
         assert torch.equal(tokens_after(encoder, block)(spec), slow_tokens(encoder, spec, block))
-    assert torch.equal(tokens_after(encoder)(spec), encoder(spec))
+    assert torch.equal(tokens_after(encoder, 3)(spec), encoder(spec))
+    assert torch.equal(tokens_after(encoder)(spec), tokens_after(encoder, 1)(spec))
     for block in (-1, 4):
         with pytest.raises(InputError, match=f"no block {block}: the encoder has 3"):
             tokens_after(encoder, block)
         with pytest.raises(InputError, match=f"no block {block}: the encoder has 3"):
             pooled(encoder, "bands", block)
-    with pytest.raises(ValueError, match="cls_mean, bands, not 'mean'"):
+    with pytest.raises(ValueError, match="bands, cls_mean, not 'mean'"):
         pooled(encoder, "mean")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_cls_and_mean_patch(encoder, block):
-    """The default: CLS token, then the mean of all patches, of the block that is asked for."""
+    """CLS token, then the mean of all patches, of the block that is asked for; by default of 7/12 of them."""
     spec = padded_spectrogram([96, 40])
-    tokens = slow_tokens(encoder, spec, block or 3)
+    tokens = slow_tokens(encoder, spec, block or 1)
     expected = torch.stack([torch.cat([row[0], row[1:].mean(0)]) for row in tokens])
-    torch.testing.assert_close(pooled(encoder, block=block)(spec), expected)
-    assert torch.equal(pooled(encoder, "cls_mean", block)(spec), pooled(encoder, block=block)(spec))
+    torch.testing.assert_close(pooled(encoder, "cls_mean", block)(spec), expected)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_bands_are_mean_and_std_of_each_band_over_the_sounding_patches(encoder, 
     """Against a loop over bands, for clips that fill 6, 3, 2 and less than one of 6 patches: a patch counts
     if half of its frames are sound, the first always."""
     spec = padded_spectrogram([96, 40, 39, 3])
-    found, tokens = pooled(encoder, "bands", block)(spec), slow_tokens(encoder, spec, block or 3)
+    found, tokens = pooled(encoder, "bands", block)(spec), slow_tokens(encoder, spec, block or 1)
     assert found.shape == (4, 2 * 8 * 64)
     for row, n_patches in enumerate((6, 3, 2, 1)):
         grid = tokens[row, 1:].view(6, 8, 64)  # time, band
@@ -173,7 +173,7 @@ def test_bands_of_frames_that_fill_no_patch_and_of_silence(encoder):
     torch.testing.assert_close(pooled(encoder, "bands")(longer), pooled(encoder, "bands")(spec))
     silent = spectrogram(torch.zeros(1, clip_samples(96)), torch.tensor([clip_samples(96)]), 0.0, 1.0)
     mean, std = pooled(encoder, "bands")(silent).chunk(2, dim=1)
-    torch.testing.assert_close(mean, encoder(silent)[:, 1:9].flatten(1))
+    torch.testing.assert_close(mean, tokens_after(encoder)(silent)[:, 1:9].flatten(1))
     assert (std == 0).all()
 
 
@@ -328,14 +328,14 @@ def test_probes_of_the_command_are_those_of_the_functions(pretrained, called, sc
     (pretrained / "test.tsv").write_text("\n".join([lines[0], *lines[3:7]]) + "\n")
     files = ("pretrained.pt", "manifest.tsv", "test.tsv")
     found = {}
-    for pooling, block, teacher in (("cls_mean", 0, False), ("bands", 1, True), ("bands", 2, False)):
+    for pooling, block, teacher in (("cls_mean", 2, False), ("bands", 1, True), ("bands", 0, False)):
         args = ["--pooling", pooling, "--block", block, *["--teacher"] * teacher, "--workers", 0]
         found[pooling, block] = json.loads(called(evaluate, *files, *args).stdout)
         assert found[pooling, block] == wanted(pooling, block, teacher)
         assert found[pooling, block].keys() == {"probe_linear", "probe_knn"}
-    assert json.loads(called(evaluate, *files, "--workers", 0).stdout) == found["cls_mean", 0]
-    two = json.loads(script("evaluate.py", *files, "--pooling", "bands", "--block", 2, processes=2).stdout)
-    assert two == pytest.approx(found["bands", 2])
+    assert json.loads(called(evaluate, *files, "--workers", 0).stdout) == found["bands", 0]
+    two = json.loads(script("evaluate.py", *files, processes=2).stdout)
+    assert two == pytest.approx(found["bands", 0])
 
 
 def test_what_the_probe_sees_depends_on_what_is_asked_for(pretrained, called, monkeypatch):
@@ -344,10 +344,10 @@ def test_what_the_probe_sees_depends_on_what_is_asked_for(pretrained, called, mo
     zeros = torch.zeros(8, 2)
     monkeypatch.setattr(evaluate, "linear_probe", lambda x, y, x_test: seen.append(x) or zeros)
     files = ("pretrained.pt", "manifest.tsv", "manifest.tsv", "--workers", 0)
-    variants = [], ["--teacher"], ["--block", 1], ["--pooling", "bands"], ["--pooling", "bands", "--block", 1]
-    for args in variants:
+    mean = ["--pooling", "cls_mean"]
+    for args in ([], ["--teacher"], ["--block", 2], mean, [*mean, "--block", 2]):
         called(evaluate, *files, *args)
-    assert [x.shape[1] for x in seen] == [128, 128, 128, 1024, 1024]
+    assert [x.shape[1] for x in seen] == [1024, 1024, 1024, 128, 128]
     for i, a in enumerate(seen):
         assert not any(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for b in seen[:i])
 

@@ -249,7 +249,7 @@ def test_snippets_run(tmp_path, script, monkeypatch):
     assert patches.shape == (1, len(times), 8, session["encoder"].config.width)
     frames, depth = session["spec"].shape[2], session["encoder"].config.depth
     assert len(times) == frames // 16 and times[:2].tolist() == pytest.approx([0.08, 0.24])
-    tokens = evaluate.tokens_after(session["encoder"], depth * 7 // 12)(session["spec"])
+    tokens = evaluate.tokens_after(session["encoder"], max(1, depth * 7 // 12))(session["spec"])
     assert torch.equal(tokens[:, 1:][0, -1], patches[0, -1, -1])
 
 

@@ -32,7 +32,7 @@ def load_model(path: str = "") -> nn.Module:
 def get_timestamp_embeddings(audio: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Frames of audio (n, S), of any length: (n, T, 9D), and the middle of each in milliseconds, (n, T)."""
     c, audio, frames = model.config, audio.to(model.cls_token.device), []
-    encode, shift = tokens_after(model, c.depth * 7 // 12), c.patch_size * FRAME_SHIFT
+    encode, shift = tokens_after(model), c.patch_size * FRAME_SHIFT
     width = clip_samples(c.clip_frames)
     for start in range(0, max(1, audio.shape[1] - shift + 1), c.clip_frames * FRAME_SHIFT):
         piece = audio[:, start : start + width]
