@@ -6,14 +6,15 @@
     python pretrain.py --data OUT/pretrain.tsv
 
 Downloads with Debian's apt-get and unpacks with dpkg-deb: nothing is installed and no root is needed. ffmpeg
-is used for 76 clips of pretrain and events, fluidsynth for 328 of drums. Clips that are there already are not
-made again: a run that was interrupted goes on where it stopped. README.md explains the tables beside this
-file, which name the sources.
+is used for 76 clips of pretrain and events, fluidsynth for 328 of drums; espeak-ng and flite, the voices of
+words, are downloaded too. Clips that are there already are not made again: a run that was interrupted goes on
+where it stopped. README.md explains the tables beside this file, which name the sources.
 """
 
 import argparse
 import functools
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -39,6 +40,9 @@ NOTE_SECONDS = 2.4  # from note to note
 KEYS = [35, 36, 37, 38, 40, 39, 41, 43, 45, 47, 48, 50, 42, 46, 49, 57, 52, 55, 51, 59, 53, 54, 56, 67, 68]
 KEYS += [60, 61, 62, 63, 64, 69, 70, 82, 75, 76, 77]
 
+SPEECH = ["espeak-ng", "espeak-ng-data", "libespeak-ng1", "flite", "libflite1"]  # packages of the voices
+TEN_WORDS = "yes no up down left right on off stop go".split()  # those of the manifests words10
+
 
 class Recipe(NamedTuple):
     """What the clips of one set have in common."""
@@ -55,6 +59,7 @@ RECIPES = {
     "drums": Recipe(silence=-50, seconds=1.5, quiet=np.inf, peak=0.7, bitrate=32_000),
     "events": Recipe(silence=-50, seconds=5, quiet=np.inf, peak=0.7, bitrate=26_000),
     "mandarin": Recipe(silence=-40, seconds=1, quiet=np.inf, peak=0.7, bitrate=24_000),
+    "words": Recipe(silence=-np.inf, seconds=1, quiet=np.inf, peak=0.7, bitrate=20_000),
 }
 
 
@@ -134,15 +139,44 @@ def play(font: Path, program: int) -> dict[str, tuple[np.ndarray, int]]:
     return {f"{key},{velocity}": (sound[cut].mean(1), rate) for (key, velocity), cut in zip(notes, cuts)}
 
 
-def make(clip: Clip, folder: Path, target: Path) -> None:
+def cut_silence(sound: np.ndarray, decibels: float, pad: int = PAD) -> np.ndarray:
+    loud = np.flatnonzero(np.abs(sound) > np.abs(sound).max() * 10 ** (decibels / 20))
+    return sound[max(0, loud[0] - pad) : loud[-1] + pad]
+
+
+noise_of = functools.lru_cache(maxsize=4)(functools.partial(read, at="", seconds=0))
+
+
+def say(word: str, path: Path, how: str, speech: list[str]) -> np.ndarray:
+    """A word in noise, 1 s: `how` is from which sample of the noise on, decibels, voice, its speed and pitch,
+    and from which sample of the clip on it speaks."""
+    at, snr, voice, rate, pitch, start = how.split(",")
+    if "+" in voice:
+        command = ["espeak-ng", "-v", voice, "-s", rate, "-p", pitch, "-w", "word.wav", word]
+    else:
+        stretch = f"duration_stretch={175 / int(rate):.2f}"
+        command = ["flite", "-voice", voice, "--setf", stretch, "-t", word, "-o", "word.wav"]
+    with tempfile.TemporaryDirectory() as folder:
+        run(*speech, *command, cwd=folder)
+        spoken = resample(*sf.read(Path(folder, "word.wav"), dtype="float32"))
+    spoken = cut_silence(spoken, -40, pad=480)
+    spoken = spoken * (0.6 / np.abs(spoken).max())  # changes the mixture's rounding only, but Opus notices
+    spoken = np.pad(spoken, (int(start), SAMPLE_RATE))[:SAMPLE_RATE]
+    noise = noise_of(path)[int(at) :][:SAMPLE_RATE]
+    gain = np.sqrt((spoken**2).mean() / ((noise**2).mean() + 1e-9)) * 10 ** (-float(snr) / 20)
+    return spoken + gain * noise
+
+
+def make(clip: Clip, folder: Path, target: Path, speech: list[str]) -> None:
     """Writes a clip, from the unpacked files in `folder`."""
     recipe, sounds = RECIPES[clip.set], []
     longest = int(recipe.seconds * SAMPLE_RATE)
     for file in clip.files.split("|"):
         name, _, at = file.partition("@")
-        sound = read(folder / clip.folder / name, at, recipe.seconds)
-        loud = np.flatnonzero(np.abs(sound) > np.abs(sound).max() * 10 ** (recipe.silence / 20))
-        sound = sound[max(0, loud[0] - PAD) : loud[-1] + PAD][:longest]
+        path = folder / clip.folder / name
+        spoken = clip.set == "words"
+        sound = say(clip.label, path, at, speech) if spoken else read(path, at, recipe.seconds)
+        sound = cut_silence(sound, recipe.silence)[:longest]
         peak = np.abs(sound).max()
         sound = sound * (recipe.peak / peak if peak < recipe.quiet else 1)
         fade = np.linspace(0, 1, min(FADE, len(sound) // 2), dtype=np.float32)
@@ -156,16 +190,37 @@ def make(clip: Clip, folder: Path, target: Path) -> None:
     os.replace(f"{target}.tmp", target)
 
 
-def build_package(package: str, folder: str, clips: list[Clip], out: Path, cache: Path, bar: tqdm) -> None:
-    """Makes clips of one package, downloaded unless cached. What cannot be made is printed and left out."""
+def unpack(package: str, cache: Path, folder: Path) -> None:
+    """Unpacks a package, downloaded unless cached."""
+    if not list(cache.glob(f"{package}_*.deb")):
+        run("apt-get", "download", package, cwd=folder)
+        for deb in folder.glob("*.deb"):
+            os.replace(deb, cache / deb.name)
+    run("dpkg-deb", "-x", next(cache.glob(f"{package}_*.deb")), folder)
+
+
+def unpack_speech(cache: Path, licences: Path) -> list[str]:
+    """Unpacks espeak-ng and flite, with the libraries that the system lacks. How their commands begin."""
+    folder = cache.resolve() / "speech"
+    folder.mkdir(exist_ok=True)
+    plan = run("apt-get", "--simulate", "--no-install-recommends", "install", "espeak-ng", "flite").decode()
+    for package in dict.fromkeys(SPEECH + re.findall(r"^Inst (\S+)", plan, re.M)):
+        unpack(package, cache, folder)
+    for package in SPEECH:
+        shutil.copy(folder / "usr/share/doc" / package / "copyright", licences / f"{package}.txt")
+    libraries = ":".join(sorted({str(file.parent) for file in folder.rglob("*.so*")}))
+    data = next(folder.glob("usr/lib/*/espeak-ng-data")).parent
+    return ["env", f"PATH={folder}/usr/bin", f"LD_LIBRARY_PATH={libraries}", f"ESPEAK_DATA_PATH={data}"]
+
+
+def build_package(
+    package: str, folder: str, clips: list[Clip], out: Path, cache: Path, speech: list[str], bar: tqdm
+) -> None:
+    """Makes clips of one package. What cannot be made is printed and left out."""
     problems = Counter()
     with tempfile.TemporaryDirectory(dir=cache) as unpacked:
         try:
-            if not list(cache.glob(f"{package}_*.deb")):
-                run("apt-get", "download", package, cwd=unpacked)
-                for deb in Path(unpacked).glob("*.deb"):
-                    os.replace(deb, cache / deb.name)
-            run("dpkg-deb", "-x", next(cache.glob(f"{package}_*.deb")), unpacked)
+            unpack(package, cache, Path(unpacked))
             for licence in list(Path(unpacked).glob("usr/share/doc/*/copyright"))[:1]:
                 shutil.copy(licence, out / "licences" / f"{package}.txt")
         except OSError as error:
@@ -174,7 +229,7 @@ def build_package(package: str, folder: str, clips: list[Clip], out: Path, cache
             clips = []
         for clip in sorted(clips, key=lambda clip: clip.files):  # so that a SoundFont is played once
             try:
-                make(clip, Path(unpacked, folder), out / clip.set / clip.path)
+                make(clip, Path(unpacked, folder), out / clip.set / clip.path, speech)
             except (OSError, sf.SoundFileError, ValueError, IndexError) as error:
                 problems[str(error)] += 1
             bar.update()
@@ -191,13 +246,16 @@ def length(path: Path) -> str:
 
 
 def write_manifests(name: str, clips: list[Clip], out: Path, root: str) -> None:
-    """OUT/SET.tsv, or OUT/SET_train.tsv and OUT/SET_test.tsv; with folds OUT/SET_train1.tsv and so on too."""
+    """OUT/SET.tsv, or OUT/SET_train.tsv and OUT/SET_test.tsv; with folds OUT/SET_train1.tsv and so on too.
+    Those of words are written again for ten of them."""
     lists = defaultdict(list)
     for clip in clips:
         line = "\t".join([f"{name}/{clip.path}", clip.n_samples, clip.label]).rstrip("\t")
         lists[f"{name}_{clip.split}" if clip.split else name].append(line)
         for fold in "12345" if clip.fold else "":
             lists[f"{name}_{'test' if clip.fold == fold else 'train'}{fold}"].append(line)
+        if name == "words" and clip.label in TEN_WORDS:
+            lists[f"words10_{clip.split}"].append(line)
     for manifest, lines in lists.items():
         (out / f"{manifest}.tsv").write_text("\n".join([root, *lines, ""]), "utf-8")
 
@@ -223,9 +281,16 @@ def main() -> None:
         folders = {package: folder for package, _, folder, _ in read_table("packages")}
         cache.mkdir(parents=True, exist_ok=True)
         (args.out / "licences").mkdir(exist_ok=True)
+        speech = []  # the voices that are installed, should they not be unpacked
+        if any(clip.set == "words" for clip in sum(todo.values(), [])):
+            try:
+                speech = unpack_speech(cache, args.out / "licences")
+            except OSError as error:
+                print(f"voices: {error}")
         n_clips = sum(map(len, todo.values()))
         with tqdm(total=n_clips, unit="clip") as bar, ThreadPool(args.workers) as pool:
-            jobs = [(name, folders[name], clips, args.out, cache, bar) for name, clips in todo.items()]
+            same = (args.out, cache, speech, bar)
+            jobs = [(name, folders[name], clips, *same) for name, clips in todo.items()]
             pool.starmap(build_package, jobs, chunksize=1)
     for name, clips in sets.items():
         lengths = {clip: length(root / name / clip.path) for clip in clips}
