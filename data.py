@@ -17,7 +17,6 @@ data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst
 """
 
 import atexit
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -27,6 +26,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,9 +67,7 @@ def clip_samples(n_frames: int) -> int:
 @functools.lru_cache
 def _mel_filters(device: torch.device) -> Tensor:
     """Triangles of equal width on the mel scale, (FFT_SIZE / 2, MEL_BINS); the last bin would weigh nothing.
-
-    In float32 on purpose: Kaldi's rounding of the slopes shows in the fourth digit of quiet bins.
-    """
+    In float32 on purpose: Kaldi's rounding of the slopes shows in the fourth digit of quiet bins."""
     low, high = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (MEL_LOW, MEL_HIGH))
     edges = low + torch.arange(MEL_BINS + 2) * ((high - low) / (MEL_BINS + 1))       # (M+2,)
     hz = torch.arange(FFT_SIZE // 2) * (SAMPLE_RATE / FFT_SIZE)                      # (256,)
@@ -104,11 +102,9 @@ def log_mel(waveform: Tensor) -> Tensor:
 
 def spectrogram(waveform: Tensor, n_samples: Tensor, mean: float, std: float) -> Tensor:
     """Padded clips -> the model's input: (B, S) float or int16, n_samples (B,) of it sound -> (B, 1, F, M).
-
     The clip's mean is subtracted; frames past its end are 0 *before* normalisation, so that padding is
     louder than digital silence, +0.467 against -1.278 with AudioSet's constants; normalised by 2 * std. All
-    as in the released code (data/raw_audio_dataset.py:95-111, 404-428).
-    """
+    as in the released code (data/raw_audio_dataset.py:95-111, 404-428)."""
     waveform = to_float(waveform)
     clip_mean = waveform.sum(1, keepdim=True) / n_samples[:, None]                          # (B, 1)
     spec = log_mel(waveform - clip_mean)                                                    # (B, F, M)
@@ -136,7 +132,7 @@ def open_audio(path: str | os.PathLike) -> Iterator:
         raise
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
         reason = getattr(error, "error_string", first_line(error))  # without the name, as bytes
-        if "File does not exist" in reason or not os.path.getsize(path):  # so it says of an empty mp3
+        if "File does not exist" in reason or os.path.isfile(path) and not os.path.getsize(path):  # empty mp3
             reason = "it is empty"
         elif "not recognised" in reason or "unsupported" in reason:
             reason = "no audio that libsndfile reads (m4a, aac, wma, webm: convert with ffmpeg)"
@@ -164,11 +160,9 @@ def read_pieces(
     path: str | os.PathLike, width: int, hop: int = MAX_SAMPLES, start: int = 0
 ) -> Iterator[Tensor]:
     """Decode a file forward: pieces (S,) of `width` samples, one every `hop`, from `start` to the file's end.
-
     Mono float32 at 16 kHz, in which the arguments count. Channels are averaged before resampling (the
     released code resamples along the channel axis, raw_audio_dataset.py:388-396); a piece is what that
-    stretch of the whole file, resampled, would be. Raises InputError.
-    """
+    stretch of the whole file, resampled, would be. Raises InputError."""
     with open_audio(path) as file:
         rate = whole_rate(file.samplerate)
         if min(width, file.frames * SAMPLE_RATE // rate) >= MAX_SAMPLES:
@@ -177,15 +171,16 @@ def read_pieces(
         buffer, at = torch.empty(0), max(0, start - FRAME_SHIFT) // unit * unit  # `buffer` begins at `at`
         if (skipped := at * rate // SAMPLE_RATE) >= file.frames > 0:
             return
-        file.seek(skipped) if file.seekable() else file.read(skipped)
+        near = min(skipped, max(0, file.frames - 10 * rate)) if file.subtype == "VORBIS" else skipped
+        if rest := skipped - (file.seek(near) if file.seekable() else 0):  # its last page is not hit exactly
+            file.read(rest)
         while True:
             end = math.ceil((start + width + FRAME_SHIFT) * rate / SAMPLE_RATE)  # a bit more, for the filter
             n_missing = min(end, file.frames) - at * rate // SAMPLE_RATE - len(buffer)
             samples = torch.from_numpy(file.read(max(0, n_missing), dtype="float32", always_2d=True))
             samples = samples.mean(1) if samples.shape[1] > 1 else samples[:, 0]
             buffer = torch.cat([buffer, samples]) if len(buffer) else samples
-            piece = resample(buffer, rate)[start - at :][:width] if len(buffer) else buffer
-            if not len(piece):
+            if not len(piece := resample(buffer, rate)[start - at :][:width] if len(buffer) else buffer):
                 return
             yield piece
             start += hop
@@ -199,10 +194,8 @@ def load_audio(
     path: str | os.PathLike, start: int = 0, n_samples: int = MAX_SAMPLES, allow_silence: bool = False
 ) -> Tensor:
     """Read (part of) a file of any rate and channel count as mono 16 kHz: -> (S,) float32 in [-1, 1].
-
     `start` and `n_samples` count samples at 16 kHz; only that part is decoded. Raises InputError if the file
-    is missing or unreadable, or if that part is too short, not audio or (but for `allow_silence`) silent.
-    """
+    is missing or unreadable, or if that part is too short, not audio or (but for `allow_silence`) silent."""
     waveform = next(read_pieces(path, n_samples, start=start), torch.empty(0))
     if start and not len(waveform):
         raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
@@ -252,7 +245,7 @@ class Manifest:
             text = Path(path).read_bytes()
         except OSError as error:
             raise InputError(f"cannot read the manifest {path}: {error.strerror}") from None
-        root, _, text = text.removeprefix(codecs.BOM_UTF8).partition(b"\n")
+        root, _, text = text.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
         self.root = os.path.join(os.path.dirname(path), os.fsdecode(root.rstrip(b"\r")))
         begins, counts, at = array("q"), array("q"), 0
         for number, line in enumerate(text.split(b"\n"), start=2):
@@ -422,8 +415,7 @@ class ClipSampler:
     ):  # fmt: skip
         self.n_items, self.batch_size, self.seed, self.start = n_items, batch_size, seed, start
         self.rank, self.accumulate, self.part = rank, accumulate, batch_size // (world * accumulate)
-        self.weights = weights
-        self.epoch_items = min(epoch_items, n_items) if weights is not None else n_items
+        self.weights, self.epoch_items = weights, n_items if weights is None else min(epoch_items, n_items)
 
     def rows(self, micro: int) -> range:
         """Which clips of an update form this process's part number `micro`."""
@@ -456,33 +448,43 @@ class Batch(NamedTuple):
 
 def collate(clips: list[Clip], n_frames: int) -> Batch:
     """Pad clips to the samples of n_frames frames."""
-    is_float = any(clip.waveform.is_floating_point() for clip in clips)
-    dtype = torch.float32 if is_float else torch.int16
+    dtype = functools.reduce(torch.promote_types, (clip.waveform.dtype for clip in clips))
     waveform = torch.zeros(len(clips), clip_samples(n_frames), dtype=dtype)
     for row, clip in zip(waveform, clips):
-        row[: len(clip.waveform)] = to_float(clip.waveform) if is_float else clip.waveform
+        row[: len(clip.waveform)] = clip.waveform if dtype == torch.int16 else to_float(clip.waveform)
     n_samples = torch.tensor([len(clip.waveform) for clip in clips])
     return Batch(waveform, n_samples, [clip.item for clip in clips], [clip.problem for clip in clips])
 
 
 def build_loader(
     data: AudioDataset, batches: Iterable[list[int]], workers: int, timeout: float = 1800, **options
-) -> DataLoader:
-    """Loads batches of items in order, read ahead by `workers` processes, one a core at most. To iterate
-    raises RuntimeError after `timeout` seconds without a batch, or when a process has died."""
-    options.setdefault("collate_fn", functools.partial(collate, n_frames=data.n_frames))
+) -> Iterator[Batch]:
+    """Batches of items in order, read ahead by `workers` processes, one a core at most. Raises RuntimeError
+    after `timeout` seconds without a batch, or when a process has died."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    atexit.register(_end_loaders)
-    return DataLoader(
-        data, batch_sampler=batches, num_workers=min(workers, max(1, cores)), worker_init_fn=_behave,
-        prefetch_factor=4 if workers else None, timeout=timeout if workers else 0, **options,
-    )  # fmt: skip
+    atexit.register(_end_loaders), atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
+    collate_fn = options.pop("collate_fn", None) or functools.partial(collate, n_frames=data.n_frames)
+    if workers:
+        options |= dict(num_workers=min(workers, max(1, cores)), prefetch_factor=4, timeout=min(timeout, 1e6))
+    options |= dict(batch_sampler=batches, worker_init_fn=_behave, collate_fn=collate_fn)
+    loader = iter(DataLoader(data, **options))
+
+    def fetch() -> Batch | None:
+        timer = threading.Timer(min(1.05 * timeout, 1e6), _end_loaders)  # torch waits on for a stopped one
+        timer.start()
+        try:
+            return next(loader, None)
+        finally:
+            timer.cancel()
+
+    return iter(fetch, None)
 
 
 def _behave(_: int) -> None:
     """Loaders end with their parent; a signal to the whole group must not end them before it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # no room in /dev/shm
     silence_libraries()
 
 
@@ -494,6 +496,5 @@ def silence_libraries() -> None:
 
 def _end_loaders() -> None:
     """At exit: Python would wait for loaders that an exception kept alive, and they ignore SIGTERM."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    for child in (child for child in multiprocessing.active_children() if child.daemon):
+        child.kill()

@@ -125,8 +125,11 @@ def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
 
 def distribute(model: nn.Module) -> nn.Module:
     """The model or, among several processes, the DistributedDataParallel that averages its gradients."""
-    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return DistributedDataParallel(model, **options) if dist.is_initialized() else model
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if not torch.cuda.is_available():  # not to sum in another order from the second update on
+            model.reducer._push_all_rebuilt_params()
+    return model
 
 
 def accumulating(model: nn.Module, is_more_to_come: bool) -> contextlib.AbstractContextManager:
@@ -152,8 +155,8 @@ def run_script(main: Callable[[], int]) -> None:
         line = "interrupted"
     except (InputError, CheckpointError, OSError) as error:  # from a loader process, its words come last
         line = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-    except RuntimeError as error:
-        if "DataLoader" in str(error):  # it waited too long, or a loader process is dead
+    except (RuntimeError, ValueError) as error:
+        if re.search("DataLoader|num_workers", str(error)):  # below 0, waited too long, or one is dead
             cure = "more shared memory (docker --ipc=host or --shm-size), or --workers 0"
             line, _kept = f"{first_line(error).rstrip('.')}: try {cure}", error  # say it, then end loaders
         elif not (dist.is_initialized() and store().check(["said"])):  # or another process has said why
@@ -183,10 +186,8 @@ def per_class(metric: Callable[[Tensor, Tensor], Tensor], scores: Tensor, target
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """Average precision of each class, as scikit-learn's: (n, C) scores, (n, C) 0 or 1 -> (C,) float64.
-
     The mean, over a class's positives, of the precision among the clips that score at least as high. A class
-    without positives has 0. Raises ValueError for scores that are not finite.
-    """
+    without positives has 0. Raises ValueError for scores that are not finite."""
 
     def of_one(scores: Tensor, targets: Tensor) -> Tensor:
         everything, positives = scores.sort().values, scores[targets].sort().values
@@ -199,9 +200,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
     """Area under the ROC curve of each class: (C,) float64, nan if it has no positives or no negatives.
-
-    The share of pairs of a positive and a negative in which the positive scores higher; equal ones are half.
-    """
+    The share of pairs of a positive and a negative where the positive scores higher; equal ones are half."""
 
     def of_one(scores: Tensor, targets: Tensor) -> Tensor:
         positives, negatives = scores[targets], scores[~targets].sort().values
@@ -432,7 +431,7 @@ def read_classes(path: str | os.PathLike) -> dict[str, str]:
         rows, label = [[line] for line in lines], 0
     elif [int(row[0]) for row in rows] != list(range(len(rows))):
         raise InputError(f"{path}: the indices of the classes do not count from 0")
-    classes = {row[label].strip(): row[name].strip() for row in rows}
+    classes = {row[label].strip(): row[label if row[name][:3] == "/m/" else name].strip() for row in rows}
     if not classes or len(classes) < len(rows):
         raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
     return classes
@@ -451,14 +450,12 @@ def load_classifier(path: str, classes: str = "") -> AudioClassifier:
 def write_classes(path: Path, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
     """Write a table of all classes: label, name, clips, average_precision."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.writer(file)
-        rows.writerow(("label", "name", "clips", "average_precision"))
-        for (label, name), n, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
-            rows.writerow((label, name, n, f"{value:.6f}"))
+        scores = map("{:.6f}".format, precision.tolist())
+        rows = zip(model.classes, model.classes.values(), counts.tolist(), scores)
+        csv.writer(file).writerows([("label", "name", "clips", "average_precision"), *rows])
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
@@ -471,6 +468,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
     parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
     args = parser.parse_args()
+    if not args.test and (args.teacher or args.block or args.pooling != POOLINGS[0]):
+        raise InputError("--teacher, --block and --pooling are for probes, which take two manifests")
     rank, _, device = init_distributed(args.timeout)
     loading = dict(workers=args.workers, timeout=54 * args.timeout)  # fails before who waits for it
     if args.test:

@@ -40,7 +40,7 @@ from pretrain import DEMO, Run, cosine_lr, descend
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The rows of the paper's Table 4 for fine-tuning; the defaults are the released AS-2M script's."""
+    """Fine-tuning, Table 4 of the paper; of --preset own, what fits --init and --data is taken from these."""
 
     # Data and network
     data: str = ""  # labelled manifest to train on
@@ -72,7 +72,7 @@ class FinetuneConfig:
     # Optimisation
     batch_size: Count = 96  # clips per update, over all processes
     accumulate: Count = 1  # parts that a process divides its clips into, to save memory
-    updates: Count = 300_000  # about 15 passes over AS-2M
+    updates: Count = 300_000  # length of the run; 300,000 are about 15 passes over AS-2M
     lr: Above0 = 5e-5  # peak learning rate of everything above the blocks
     min_lr: AtLeast0 = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
     warmup: Whole = 30_000  # updates of linear warm-up, in proportion to --updates unless given; then cosine
@@ -326,7 +326,7 @@ def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Label
         raise InputError(f"{config.data} has one class only: {next(iter(train.classes))}")
     for data, targets, _ in (train, test):
         if (config.loss == "ce" or config.metric == "accuracy") and (targets.sum(1) != 1).any():
-            raise InputError(f"{data.source}: a clip has several labels, use --preset as20k or its losses")
+            raise InputError(f"{data.source}: a clip has several labels: --loss bce --metric mAP")
     torch.manual_seed(config.seed)
     if config.init == PRESETS["demo"]["init"] and not os.path.exists(config.init):
         raise InputError(f"there is no {config.init} yet: run python pretrain.py --preset demo first")

@@ -24,10 +24,10 @@ Rows of a (B*C, ...) tensor are clone-minor: row b * C + c is copy c of clip b.
 """
 
 import contextlib
-import importlib.util
 import math
 import os
 import re
+import runpy
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -61,15 +61,14 @@ class ModelConfig:
     norm_std: float = 4.569  # likewise; values are divided by twice this
 
     def __post_init__(self):
-        P, sizes = self.patch_size, [getattr(self, f.name) for f in fields(self) if f.type is int]
+        P, sizes = max(1, self.patch_size), [getattr(self, f.name) for f in fields(self) if f.type is int]
         for holds, rule in (
             (P <= self.clip_frames < P * (MAX_PATCH_ROWS + 1), f"{P} to {P * MAX_PATCH_ROWS} clip_frames"),
             (all(type(n) is int and 0 < n <= 2**14 for n in sizes) and self.depth <= 256, "sizes that fit"),
-            (self.width % self.heads == 0 == self.width % 4, "a width that divides by the heads and by 4"),
-            (self.width % self.decoder_groups == 0, "a width that divides by decoder_groups"),
-            (self.decoder_kernel % 2 == 1, "an odd decoder_kernel"),
+            (self.width % max(1, self.heads) == 0 == self.width % 4, "a width that divides by heads and 4"),
+            (self.width % max(1, self.decoder_groups) == 0, "a width that divides by decoder_groups"),
             (self.mel_bins % P == 0 and self.mel_bins <= 32 * P, f"mel bins in at most 32 patches of {P}"),
-            (0 <= self.drop_path < 1, "a drop_path from 0 to below 1"),
+            (0 <= self.drop_path < 1 == self.decoder_kernel % 2, "drop_path below 1, an odd decoder_kernel"),
             (abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf, "a finite mean and std"),
         ):
             if not holds:
@@ -409,7 +408,7 @@ def save_checkpoint(path: Path, **state) -> None:
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike) -> Iterator[None]:
-    """What a damaged or foreign file makes Python raise, as a CheckpointError of one line."""
+    """What a damaged or foreign file makes Python raise, as a CheckpointError. OSError stays: no damage."""
     try:
         yield
     except Exception as error:  # whatever zipfile, pickle and torch make of a stranger's bytes
@@ -417,16 +416,18 @@ def refusing(path: str | os.PathLike) -> Iterator[None]:
         if "weights_only" in reason:  # pickled code, or nonsense: torch.load runs none of it
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {code[1] if code else 'more than tensors'}, which may be malicious"
-        if isinstance(error, CheckpointError):
-            raise
+        if isinstance(error, MemoryError) or "allocate memory" in reason:
+            error = OSError(12, "not enough memory", str(path))
+        if isinstance(error, CheckpointError) or getattr(error, "errno", 2) not in (2, 22):  # a wrong offset
+            raise error from None
         raise CheckpointError(f"{path} is not a checkpoint of this model: {reason}") from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a file of tensors and plain values, on the CPU, without running anything in it.
 
-    Raises CheckpointError if it is missing, damaged or holds more. zipfile compares the checksums that the
-    file, a zip archive, has for each tensor; torch.load does not.
+    Raises CheckpointError if it is missing, damaged or holds more. torch.load compares no checksums: zipfile
+    does. Raises OSError if it cannot be read now, which says nothing of what it holds.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
@@ -459,19 +460,19 @@ def read_pretrained(path: str | os.PathLike) -> dict:
     A run folder (its best.pt or else last.pt) or a .pt file; extras/released.py reads what is not of this
     project: released fairseq files and Hugging Face folders. Raises CheckpointError.
     """
-    path = os.fspath(path)
     inside = (os.path.join(path, name) for name in ("best.pt", "last.pt"))
-    path, state = next(filter(os.path.isfile, inside), path), {}
+    path, state = next(filter(os.path.isfile, inside), os.fspath(path)), {}
     if os.path.isfile(path):
-        with contextlib.suppress(CheckpointError):  # settings in released files hold more than plain values
+        try:
             state = load_checkpoint(path)
+        except CheckpointError as error:
+            if "malicious" not in str(error):  # settings in released files hold more than plain values
+                raise
     if "network" not in state:
         reader = Path(__file__).resolve().parent / "extras" / "released.py"
         if not reader.exists():
             raise CheckpointError(f"{path} is not of this project, and there is no {reader} to read it")
-        spec = importlib.util.spec_from_file_location("released", reader)
-        spec.loader.exec_module(released := importlib.util.module_from_spec(spec))
-        state = released.read_released(path, state)
+        state = runpy.run_path(str(reader))["read_released"](path, state)
     return state | dict(path=path)
 
 

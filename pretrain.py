@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    AudioDataset, Batch, ClipSampler, InputError, Labelled, build_loader, first_line, open_labelled, seed_of,
-    spectrogram, write_lines,
+    AudioDataset, Batch, ClipSampler, InputError, Labelled, build_loader, first_line, open_labelled,
+    read_lines, seed_of, spectrogram, write_lines,
 )  # fmt: skip
 from evaluate import (
     Above0, AtLeast0, Below1, Count, Number, UpTo1, Whole, accumulating, check_settings, distribute,
@@ -76,7 +76,7 @@ class PretrainConfig:
     # Optimisation
     batch_size: Count = 48  # clips per update, over all processes
     accumulate: Count = 1  # parts that a process divides its clips into, to save memory
-    updates: Count = 400_000  # 10 epochs of AudioSet
+    updates: Count = 400_000  # length of the run; 400,000 are 10 epochs of AudioSet
     lr: Above0 = 5e-4  # peak learning rate
     min_lr: AtLeast0 = 0.0  # learning rate at both ends (the paper's table says 1e-6)
     warmup: Whole = 53_333  # updates of linear warm-up, in proportion to --updates unless given; then cosine
@@ -327,7 +327,7 @@ class Run:
         self.precision, self.amp = pick_precision(config.amp, self.device)
         scaling = dict(growth_interval=growth_interval, enabled=self.precision == "fp16")
         self.scaler = torch.amp.GradScaler(self.device.type, 2.0**7, **scaling)  # as released
-        self.loading = dict(workers=config.workers, timeout=60 * config.timeout)
+        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # fails before who waits
         self.status, self.reason = 0, ""  # exit status, above 0 to stop; and why
         self.history, self.n_skipped, self.n_read, self.n_bad, self.bad = [], 0, 0, 0, set()
         self.begun, self.seconds, self.waited, self.saved = 0.0, 0.0, 0.0, time.monotonic()
@@ -375,7 +375,7 @@ class Run:
         """The sampler's batches; takes note of the time, and of the clips that cannot be used."""
         short = (data.manifest.fields(line)[0] for line in data.too_short.tolist())
         self.bad |= {f"{name}\tshorter than --min_samples {self.config.min_samples}" for name in short}
-        loader = iter(build_loader(data, sampler, pin_memory=self.device.type == "cuda", **self.loading))
+        loader = build_loader(data, sampler, pin_memory=self.device.type == "cuda", **self.loading)
         while True:
             begin = time.perf_counter()
             self.begun = self.begun or begin
@@ -409,7 +409,7 @@ class Run:
             if step == start + 2:  # the first ones are slower
                 days = min(1e5, n_left * (now - begin) / 86_400)
                 end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + 86_400 * days))
-                advice = f" ({days:.0f} days: --preset demo or --model small?)" if days > 3 else ""
+                advice = f"\n{days:.0f} days: did you mean --preset demo, --model small?" if days > 3 else ""
                 self.say(f"an update takes {now - begin:.2f} s: {n_left:,} more until {end}{advice}")
             agreed.fill_(self.status)
             if self.world > 1:
@@ -489,7 +489,7 @@ class Run:
         """Add the lines that are new to a file of the run folder; a full disk costs them, not the run."""
         path = self.out_dir / name
         try:
-            old = set(path.read_text(errors="surrogateescape").split("\n")) if path.exists() else set()
+            old = set(read_lines(path))
             with open(path, "a", errors="surrogateescape") as file:
                 file.write("".join(f"{line}\n" for line in lines if line not in old))
         except OSError as error:

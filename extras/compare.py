@@ -28,7 +28,7 @@ from data import InputError, write_lines  # noqa: E402
 from evaluate import (  # noqa: E402
     init_distributed, mean_and_std, parse_config, pooled, probe, run_script, sounding,
 )  # fmt: skip
-from finetune import PRESETS, FinetuneConfig, open_inputs  # noqa: E402
+from finetune import PRESETS, FinetuneConfig, fit_presets, open_inputs  # noqa: E402
 from model import MODELS, read_pretrained  # noqa: E402
 
 ROWS = ("tuned", "scratch", "probes")  # what --rows may name
@@ -98,8 +98,7 @@ def find_folds(config: FinetuneConfig) -> list[int]:
     for name in (config.data, config.eval_data):
         before, _, after = name.partition("{fold}")
         paths = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
-        middles = [path[len(before) : len(path) - len(after)] for path in paths]
-        numbers |= {int(middle) for middle in middles if middle.isdecimal()}
+        numbers |= {int(n) for p in paths if (n := p[len(before) : len(p) - len(after)]).isdecimal()}
     if len(numbers) < 2:
         raise InputError(f"{config.data}: {{fold}} must stand for two folds at least")
     return list(range(min(numbers), max(numbers) + 1))
@@ -111,7 +110,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="do all this with so many seeds, from --seed on")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what the table has")
     args, rest = parser.parse_known_args()
-    config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | PRESETS, rest)
+    first = [word.replace("{seed}", "1").replace("{fold}", "1") for word in rest]
+    config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | fit_presets(first), rest)
     if init_distributed()[1] > 1:
         raise InputError("this needs one process, without torchrun")
     if config.init == "scratch":

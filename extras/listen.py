@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import signal
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -34,10 +35,15 @@ from evaluate import (  # noqa: E402
 )  # fmt: skip
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
-# Of mp3: kbit/s by the four bits in a frame's header, in MPEG 1, and in MPEG 2 and 2.5; what divides its rate
-KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-KBITS_2 = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-DIVISORS = {3: 1, 2: 2, 0: 4}  # by the two bits of the version; 1 is none
+# Of MPEG audio: kbit/s by the four bits in a frame's header, in MPEG 1 and in MPEG 2 and 2.5, each by layer;
+# and by the two bits of the version what divides its rate
+KBITS = {
+    1: range(32, 449, 32), 2: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+}  # fmt: skip
+KBITS_2 = {1: (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)}
+KBITS_2[2] = KBITS_2[3] = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+DIVISORS = {3: 1, 2: 2, 0: 4}
 
 
 def find_audio(folder: str | os.PathLike) -> list[Path]:
@@ -55,46 +61,75 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
             continue
         seen.add(os.path.realpath(where))
         paths += [Path(where, name) for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+        for path in (os.path.join(where, name) for name in names if not os.path.splitext(name)[1]):
+            if not os.path.exists(path):  # it may have been a folder
+                warn(FileNotFoundError(2, "a link to nothing", path))
     if not paths:
         raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
     return sorted(paths)
 
 
-def mp3_samples(path: str | os.PathLike) -> int:
+def mpeg_samples(path: str | os.PathLike, layer: int = 3) -> int:
     """Samples that an mp3 holds, by the headers of its frames: the length it claims is often an estimate."""
     data = Path(path).read_bytes()
     size = data[6:10] if data[:3] == b"ID3" else b""
     at, n_samples = (10 if size else 0) + sum(byte << 7 * (3 - i) for i, byte in enumerate(size)), 0
     while 0 <= at <= len(data) - 4:
         head = int.from_bytes(data[at : at + 4], "big")
-        version, layer, bits, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
-        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bits in (0, 15) or rate == 3:
+        version, kind, bits, rate = head >> 19 & 3, 4 - (head >> 17 & 3), head >> 12 & 15, head >> 10 & 3
+        if head >> 21 != 0x7FF or version == 1 or kind != layer or bits in (0, 15) or rate == 3:
             at = data.find(b"\xff", at + 1)  # no frame: look for the next
             continue
-        hz, length = (44_100, 48_000, 32_000)[rate] // DIVISORS[version], 1152 if version == 3 else 576
+        hz, slot = (44_100, 48_000, 32_000)[rate] // DIVISORS[version], 4 if layer == 1 else 1
+        length = 384 if layer == 1 else 576 if layer == 3 and version < 3 else 1152
         n_samples += length
-        at += length // 8 * 1000 * (KBITS if version == 3 else KBITS_2)[bits - 1] // hz + (head >> 9 & 1)
+        kbits = (KBITS if version == 3 else KBITS_2)[layer][bits - 1]
+        at += (length // 8 * 1000 * kbits // hz // slot + (head >> 9 & 1)) * slot
     return n_samples
+
+
+def part_beyond(path: str | os.PathLike, form: str) -> float:
+    """What follows the chunks of a container and is none, as a part of the sound that it claims: sound that
+    the header leaves out, because its size wrapped at 4 GiB, or was not brought up to date."""
+    start, head = {"AIFF": (12, ">4sI"), "CAF": (8, ">4sQ")}.get(form, (12, "<4sI"))
+    size, at, sound, long = os.path.getsize(path), start, 0, 0
+    with open(path, "rb") as file:
+        if form == "AU":
+            at, sound = struct.unpack(">4xII", file.read(12))
+            at += sound
+        while form != "AU" and at + struct.calcsize(head) <= size:
+            file.seek(at)
+            name, length = struct.unpack(head, file.read(struct.calcsize(head)))
+            if form == "RF64" and name == b"ds64":
+                long = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
+            length = long if long and length == 2**32 - 1 else length
+            end = at + struct.calcsize(head) + length
+            if not all(32 <= byte < 127 for byte in name) or name in (b"RIFF", b"FORM") or end > size:
+                break
+            sound += length * (name in (b"data", b"SSND"))
+            at = end + (length % 2 if form != "CAF" else 0)
+    return max(0, size - at) / sound if sound else 0.0
 
 
 def count_samples(path: str | os.PathLike) -> int:
     """Samples at 16 kHz that can be read from a file, which may claim more. Raises InputError if it cannot
     be used, or holds more than it claims: that would be lost, because libsndfile stops there."""
     with open_audio(path) as file:
-        n, rate = file.frames, file.samplerate
-        held = mp3_samples(path) if file.format == "MP3" else n
-        width = dict(PCM_16=2, PCM_24=3, PCM_32=4, FLOAT=4, DOUBLE=8).get(file.subtype, 0) * file.channels
-        if file.format in ("WAV", "WAVEX") and width and os.path.getsize(path) - n * width > 2**31:
-            held = os.path.getsize(path) // width  # its size has 32 bits, and wrapped
+        n, rate, held = file.frames, file.samplerate, file.frames
+        if file.format == "MP3":
+            held = mpeg_samples(path, file.subtype.count("I"))  # MPEG_LAYER_III
+        elif file.format in ("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF"):
+            held += round(n * part_beyond(path, file.format))
         if held > n * 1.02 + rate / 2:
             raise InputError(f"claims {n / rate:.1f} s and holds {held / rate:.1f} s: convert it")
         n = min(n, held)
-        if n < MAX_SAMPLES * rate / SAMPLE_RATE and not reaches(file, n - 1):
-            with open_audio(path) as again:  # from the start, where the end cannot be reached
-                n = sum(len(block) for block in again.blocks(2**20, dtype="int16", frames=n))
+        if n >= MAX_SAMPLES * rate / SAMPLE_RATE:
+            raise InputError(f"claims {n / rate / 3600:.0f} hours: its header is wrong, convert it")
         n_samples = n * SAMPLE_RATE // whole_rate(rate)
-    if not FRAME_LENGTH <= n_samples < MAX_SAMPLES:
-        raise InputError(f"has {n_samples / SAMPLE_RATE:.3f} s, not from 0.025 s to 37 hours")
+        if not reaches(file, n - 1):  # read it, then
+            n_samples = min(n_samples, sum(map(len, read_pieces(path, 2**17, 2**17))))
+    if n_samples < FRAME_LENGTH:
+        raise InputError(f"too short: {n_samples / SAMPLE_RATE:.3f} s, a frame has 0.025 s")
     return n_samples
 
 
@@ -202,6 +237,8 @@ def in_words(record: dict, timeline: bool) -> str:
     stretches = []
     for window in record.get("windows", []) if timeline else []:
         name, p = next(iter((window["top"] or {"silence": 1.0}).items()))
+        for before in stretches[-1:]:
+            before["end"] = window["start"]  # a window's last frame reaches a little into the next
         if not stretches or stretches[-1]["name"] != name:
             stretches.append(dict(name=name, start=window["start"], scores=[]))
         stretches[-1].update(end=window["end"], scores=[*stretches[-1]["scores"], p])
@@ -277,7 +314,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
     parser.add_argument("--top_k", type=int, default=5, help="classes for a file or window in JSON")
     parser.add_argument("--features", default="", help="write features into this folder or .npz")
-    parser.add_argument("--block", type=int, default=0, help="of the features: from 1 on, 0 = the last")
+    parser.add_argument("--block", type=int, default=0, help="of the features, from 1 on; 0 = 7/12 of all")
     parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="of a manifest's features")
     parser.add_argument("--workers", type=int, default=4, help="loader processes for a manifest")
     parser.add_argument("--teacher", action="store_true", help="features of a pre-training run's teacher")

@@ -23,7 +23,7 @@ from evaluate import run_script  # noqa: E402
 from masking import inverse_block_mask  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
-from listen import hear  # noqa: E402
+from listen import claimed_seconds, clock, hear, silence_libraries  # noqa: E402
 
 try:
     import matplotlib
@@ -56,7 +56,7 @@ def plot_curves(runs: list[str]):
             raise InputError(f"cannot read {run}/log.jsonl: {error}") from None
     held = {key for log in logs.values() for record in log for key in record}
     panels = [(title, [key for key in keys if key in held]) for title, keys in PANELS if held & set(keys)]
-    n_rows, lines = -(-len(panels) // 2), {}
+    n_rows, lines, last = -(-len(panels) // 2), {}, max(r["step"] for log in logs.values() for r in log)
     figure, axes = plt.subplots(n_rows, 2, figsize=(9, 2.6 * n_rows), squeeze=False)
     for (title, keys), axis in zip(panels, axes.flat):
         for number, (run, log) in enumerate(logs.items()):
@@ -65,40 +65,62 @@ def plot_curves(runs: list[str]):
                 style = dict(linestyle=("-", "--", ":")[i], color=f"C{i if len(runs) == 1 else number}")
                 style |= dict(marker=".", label=key if number == 0 else None)
                 (line,) = axis.plot(*zip(*points) if points else ([], []), **style)
-                lines.setdefault(Path(run).name, line)
-        axis.set(xlabel="update", ylabel=title)
-        axis.set_yscale("log" if title == "loss" else "linear")
-        legend = axis.legend(edgecolor="none", framealpha=0.7, fontsize=7, handlelength=3.5)
+                lines.setdefault(run.replace("$", r"\$"), line)  # no formula
+        scale, bottom = ("log", None) if title == "loss" else ("linear", 0)
+        axis.set(xlabel="update", ylabel=title, xlim=(0, 1.03 * last), yscale=scale)
+        axis.set_ylim(bottom, 1.02 if "score" in title else None)
+        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above the panel: it covers nothing
+        legend = axis.legend(frameon=False, fontsize=7, handlelength=3.5, **place)
         for line in legend.get_lines() if len(runs) > 1 else []:
             line.set_color("0.3")
     if len(runs) > 1:
-        place = dict(loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
-        figure.legend(lines.values(), lines, **place)
+        ncols = max(1, min(4, 100 // max(map(len, lines))))
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=ncols, frameon=False)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
+    return head(figure, *runs[: len(runs) == 1])
+
+
+def head(figure, *lines: str):
+    """The figure with what it is of above it, whatever characters that has; of what is long, the end."""
+    text = os.fsencode("\n".join(line[-120:] for line in lines)).decode(errors="replace")
+    figure.suptitle(text, fontsize=9, parse_math=False)
     return figure
 
 
-def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float]:
-    """The first clip of a file as a spectrogram (1, 1, F, M), cut to whole patches, and its seconds."""
-    waveform = load_audio(path, 0, clip_samples(config.clip_frames))
+def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float, str]:
+    """The first clip of a file, cut to whole patches: spectrogram (1, 1, F, M), seconds, in words."""
+    try:
+        waveform = load_audio(path, 0, clip_samples(config.clip_frames))
+    except InputError as error:
+        raise InputError(f"cannot draw the beginning of {path}: {error}") from None
     spec = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.norm_mean, config.norm_std)
     frames = spec.shape[2] // 16 * 16
     if not frames:
         raise InputError(f"{path} is shorter than a patch of 160 ms")
-    return spec[:, :, :frames], frames * FRAME_SHIFT / SAMPLE_RATE
+    seconds = frames * FRAME_SHIFT / SAMPLE_RATE
+    place = f"{path}: 0:00.0 to {clock(seconds)} of {clock(claimed_seconds(path))}"
+    return spec[:, :, :frames], seconds, place
 
 
-def draw_spectrogram(axis, spec: Tensor, seconds: float):
+def draw_spectrogram(axis, spec: Tensor, length: float, colours: str = "magma"):
     axis.set(xlabel="time / s", ylabel="mel band")
-    extent = (0, seconds, 0, spec.shape[-1])
-    cmap = matplotlib.colormaps["magma"].with_extremes(bad="0.85")  # where it is nan
+    extent = (0, length, 0, spec.shape[-1])
+    cmap = matplotlib.colormaps[colours].with_extremes(bad="0.85")  # where it is nan
     return axis.imshow(spec[0, 0].T.numpy(), origin="lower", aspect="auto", extent=extent, cmap=cmap)
+
+
+def below_spectrogram(spec: Tensor, length: float, height: float = 1.0):
+    """A figure with a spectrogram, and an axis of that height below it, of the same time."""
+    figure, axes = plt.subplots(2, 1, figsize=(9, 2 + 2 * height), sharex=True, height_ratios=(1, height))
+    figure.colorbar(draw_spectrogram(axes[0], spec, length), ax=axes[0], label="normalised log-mel")
+    axes[0].label_outer()
+    return figure, axes[1]
 
 
 def plot_masks(path: str):
     """A clip as the student sees it: four inverse block masks, four random ones, hidden patches grey."""
-    spec, seconds = read_clip(path, ModelConfig())
+    spec, seconds, place = read_clip(path, ModelConfig())
     grid = (spec.shape[2] // 16, spec.shape[3] // 16)
     generator = torch.Generator().manual_seed(0)
     block = (5, 5) if grid[0] >= 20 else (min(2, grid[0]), 2)
@@ -114,7 +136,7 @@ def plot_masks(path: str):
             draw_spectrogram(axis, spec.masked_fill(hidden, torch.nan), seconds)
     for axis in axes.flat:
         axis.label_outer()
-    return figure
+    return head(figure, place)
 
 
 @torch.no_grad()
@@ -129,37 +151,42 @@ def cls_attention(encoder: Encoder, spec: Tensor) -> Tensor:
     return weight[:, 1:].mean(0).view(encoder.config.grid(spec.shape[2]))  # (H, W)
 
 
-def plot_attention(encoder: Encoder, path: str):
+def plot_attention(encoder: Encoder, path: str, checkpoint: str = ""):
     """A clip's spectrogram above the attention of the CLS token over time and frequency."""
-    spec, seconds = read_clip(path, encoder.config)
-    weight = cls_attention(encoder, spec)
-    figure, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
-    figure.colorbar(draw_spectrogram(axes[0], spec, seconds), ax=axes[0], label="normalised log-mel")
-    form = dict(origin="lower", aspect="auto", extent=(0, seconds, 0, spec.shape[-1]), cmap="viridis")
-    image = axes[1].imshow(weight.T.numpy() * weight.numel(), **form)
-    axes[1].set(xlabel="time / s", ylabel="mel band")
-    figure.colorbar(image, ax=axes[1], label="attention of CLS\n(1 = even)")
-    return figure
+    spec, seconds, place = read_clip(path, encoder.config)
+    weight = cls_attention(encoder, spec)                                                   # (H, W)
+    figure, axis = below_spectrogram(spec, seconds)
+    weight = weight.repeat_interleave(16, 0).repeat_interleave(16, 1) * weight.numel()      # (F, M)
+    image = draw_spectrogram(axis, weight[None, None], seconds, "viridis")
+    figure.colorbar(image, ax=axis, label="attention of CLS\n(1 = even)")
+    return head(figure, place, f"attention in the last block of {checkpoint}")
 
 
-def plot_timeline(model: AudioClassifier, path: str, n_classes: int = 10):
-    """Probabilities of a file's likeliest classes in each of its windows, 0 in silence."""
-    cpu = torch.device("cpu")
-    windows, problem = hear(lambda spec: model.probabilities(model(spec)), Path(path), model.config, cpu)
+def plot_timeline(model: AudioClassifier, path: str, checkpoint: str = "", n_classes: int = 10):
+    """A file's spectrogram above the probabilities of its likeliest classes by window, 0 in silence."""
+    clip, seen = model.config.clip_frames * FRAME_SHIFT / SAMPLE_RATE, []  # seconds; the spectrogram
+    width = max(1, min(model.config.clip_frames, int(1000 * clip / max(claimed_seconds(path), clip))))
+
+    def look(spec: Tensor) -> Tensor:  # (B, 1, F, M) -> (B, C)
+        seen.extend(torch.nn.functional.adaptive_avg_pool2d(spec[:, 0], (width, spec.shape[3])))
+        return model.probabilities(model(spec))
+
+    windows, problem = hear(look, Path(path), model.config, torch.device("cpu"))
     if not windows:
         raise InputError(f"{path} cannot be used: {problem}")
-    silence = np.zeros(len(model.classes))
+    silence, end = np.zeros(len(model.classes)), windows[-1].end
     scores = np.stack([silence if w.output is None else w.output for w in windows])  # (windows, C)
     chosen = np.argsort(-scores.max(0), kind="stable")[:n_classes]
-    edges = [w.begin for w in windows] + [windows[-1].end]
-    figure, axis = plt.subplots(figsize=(9, 1 + 0.28 * len(chosen)))
-    rows = np.arange(len(chosen) + 1) - 0.5
+    spec = torch.cat(seen)[None, None, : max(1, int((end - 0.025) / clip * width))]  # without the padding
+    seconds, unit = (60, "min") if end > 180 else (1, "s")
+    figure, axis = below_spectrogram(spec, spec.shape[2] * clip / width / seconds, 0.3 + 0.14 * len(chosen))
+    edges, rows = np.array([w.begin for w in windows] + [end]) / seconds, np.arange(len(chosen) + 1) - 0.5
     image = axis.pcolormesh(edges, rows, scores[:, chosen].T, vmin=0, vmax=1, cmap="Blues")
-    axis.set_yticks(range(len(chosen)), [list(model.classes.values())[i] for i in chosen])
-    axis.invert_yaxis()
-    axis.set(xlabel="time / s")
+    names = [os.fsencode(name).decode(errors="replace") for name in model.classes.values()]
+    axis.set_yticks(range(len(chosen)), [names[i] for i in chosen], parse_math=False)
+    axis.set(xlabel=f"time / {unit}", xlim=(0, edges[-1]), ylim=(rows[-1], rows[0]))
     figure.colorbar(image, ax=axis, label="probability")
-    return figure
+    return head(figure, f"{path} ({clock(end)})", f"what {checkpoint} hears")
 
 
 def main() -> int:
@@ -170,7 +197,7 @@ def main() -> int:
     parser.add_argument("--attention", action="store_true", help="where the CLS token looks")
     parser.add_argument("-o", "--output", default="plot.png", help="picture to write")
     args = parser.parse_args()
-    first = args.inputs[0]
+    first, *more = args.inputs
     if not args.output.lower().endswith((".png", ".jpg", ".pdf", ".svg")) or args.output in args.inputs:
         raise InputError(f"cannot draw into {args.output}: choose a new .png, .jpg, .pdf or .svg")
     if args.attention and not args.checkpoint:
@@ -179,20 +206,19 @@ def main() -> int:
         raise InputError(f"there is no folder {os.path.dirname(args.output)} for the picture")
     if os.path.isdir(first):
         figure = plot_curves(args.inputs)
-    elif len(args.inputs) > 1:
-        raise InputError("several inputs must be run folders")
-    elif not os.path.isfile(first):
-        raise InputError(f"no such file or run: {first}")
+    elif more or not os.path.isfile(first):
+        raise InputError("several inputs must be run folders" if more else f"no such file or run: {first}")
     elif not args.checkpoint:
         figure = plot_masks(first)
     elif args.attention:
-        figure = plot_attention(Encoder.from_pretrained(args.checkpoint), first)
+        figure = plot_attention(Encoder.from_pretrained(args.checkpoint), first, args.checkpoint)
     else:
-        figure = plot_timeline(AudioClassifier.from_pretrained(args.checkpoint), first)
+        figure = plot_timeline(AudioClassifier.from_pretrained(args.checkpoint), first, args.checkpoint)
     figure.savefig(args.output, dpi=120)
     print(args.output)
     return 0
 
 
 if __name__ == "__main__":
+    silence_libraries()
     run_script(main)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,7 +61,7 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad:
     for path in (output, f"{output}.bad"):
         if os.path.exists(path):
             raise InputError(f"{path} exists: remove it or choose another name")
-    if "\n" in os.path.abspath(folder):
+    if {"\n", "\r"} & set(os.path.abspath(folder)):
         raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
         rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
@@ -88,8 +87,8 @@ def check_label(label: str) -> str:
 
 
 def scan(folder: str, output: str, labels: str | None) -> None:
-    """A manifest of every audio file below a folder; labelled, with "", by the folders that they lie in, or
-    by a table of rows file,label[,label]. What has no label is left out."""
+    """A manifest of every audio file below a folder.
+    Labelled, with "", by the folders that they lie in, or by a table; then what has no label is left out."""
     files = find_audio(folder)
     if labels is None:
         return write_manifest(output, folder, [(path, "") for path in files])
@@ -111,7 +110,7 @@ def scan(folder: str, output: str, labels: str | None) -> None:
 def released(source: str, output: str) -> None:
     """A manifest from the released code's .tsv, and .lbl beside it: ids and labels, a line for each clip."""
     try:
-        root, *lines = os.fsdecode(Path(source).read_bytes()).split("\n")
+        root, *lines = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff").split("\n")
         lbl = Path(source).with_suffix(".lbl")
         labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else []
     except OSError as error:
@@ -131,7 +130,7 @@ def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> Non
     items = torch.linspace(0, len(data) - 1, max(1, min(max_clips, len(data)))).long().tolist()
     sums, n_bad = torch.zeros(3, dtype=torch.float64), 0
     loader = build_loader(data, [[item] for item in items], workers, 60 * timeout)
-    for batch in tqdm(loader, desc="stats", unit="clip", disable=None):
+    for batch in tqdm(loader, "stats", len(items), unit="clip", disable=None):
         if batch.problems[0]:
             n_bad += 1
             continue
@@ -156,7 +155,7 @@ def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
     manifest, partial, pcm = Manifest(source), Path(f"{output}.partial"), Path(output).with_suffix(".pcm")
     if pcm.exists() and not partial.exists():
         raise InputError(f"{pcm} exists: remove it or choose another name")
-    partial.touch(), pcm.touch()
+    pcm.parent.mkdir(parents=True, exist_ok=True), partial.touch(), pcm.touch()
     listed = os.fsencode(os.path.abspath(manifest.root)) + manifest.text.numpy().tobytes()
     digest = hashlib.sha256(listed).hexdigest()
     first, *done = read_lines(partial) or [digest]  # whole lines: the last may be half-written
@@ -167,10 +166,10 @@ def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
     with open(partial, "ab") as listing, open(pcm, "r+b") as samples:
         samples.seek(n_bytes)
         samples.truncate()
-        rest, read = range(len(done), len(manifest.begins)), functools.partial(read_whole, manifest)
-        options = dict(num_workers=workers, timeout=60 * timeout if workers else 0)
-        loader = DataLoader(rest, None, collate_fn=read, **options)
-        for waveform, line in tqdm(loader, desc="pack", unit="clip", disable=None):
+        clips, read = range(len(manifest.begins)), functools.partial(read_whole, manifest)
+        rest = clips[len(done) :]
+        loader = build_loader(clips, zip(rest), workers, 60 * timeout, collate_fn=read)
+        for waveform, line in tqdm(loader, "pack", len(rest), unit="clip", disable=None):
             samples.write(waveform.numpy().astype("<i2").tobytes())
             samples.flush()
             listing.write(os.fsencode(f"{line}\n"))
@@ -189,8 +188,9 @@ def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
     print(f"{output}: {len(rows) - len(bad)} clips in {pcm}{left_out}")
 
 
-def read_whole(manifest: Manifest, i: int) -> tuple[Tensor, str]:
-    """A whole file as int16, decoded in pieces to save memory; and its line of the listing."""
+def read_whole(manifest: Manifest, clips: list[int]) -> tuple[Tensor, str]:
+    """The one clip's whole file as int16, decoded in pieces to save memory; and its line of the listing."""
+    (i,) = clips
     (name, _, *labels), hop = manifest.fields(i), CLIP_FRAMES * FRAME_SHIFT
     try:
         pieces, gain = [], 1
@@ -211,7 +211,7 @@ def read_whole(manifest: Manifest, i: int) -> tuple[Tensor, str]:
 def read_table(path: str | os.PathLike, **form) -> list[list[str]]:
     """Rows of a CSV without its lines that begin with '#'. Raises InputError if it cannot be read."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = (line for line in file if not line.startswith("#"))
             return [row for row in csv.reader(lines, **form) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -134,8 +134,9 @@ def network_of(weights: dict[str, Tensor], **claimed) -> dict:
 
 
 def name_classes(labels: list[str], weights: dict[str, Tensor]) -> dict[str, str]:
-    n = len(weights["head.bias"])
-    return {label: label for label in (labels if len(labels) == n else [f"class {i}" for i in range(n)])}
+    numbered = [f"class {i}" for i in range(len(weights["head.bias"]))]
+    names = labels if len(labels) == len(numbered) else numbered
+    return dict(zip(names if len({*names}) == len(names) else numbered, names))
 
 
 def from_fairseq(state: dict) -> dict:
@@ -180,8 +181,8 @@ def from_hugging_face(path: Path) -> dict:
     network = network_of(weights, **claimed | ours.get("input", {}))
     if "head.weight" not in weights:
         return dict(network=network, student=weights, teacher=None)
-    names = list(config.get("id2label", {}).values())
-    head = dict(classes=name_classes(names, weights), norm_eps=1e-5)  # as the published code makes this norm
+    classes = name_classes([*config.get("id2label", {}).values()], weights)
+    head = dict(classes=classes, norm_eps=1e-5)  # as the published code makes this norm
     return dict(network=network, classifier=weights, head=head | ours.get("head", {}))
 
 
@@ -238,7 +239,7 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     card = model_card(folder.resolve().name, state, sum(map(torch.numel, encoder.values())))
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, "utf-8", "surrogateescape")
 
     model = released(weights, 0, "model." if head else "")
     if state.get("teacher"):
@@ -309,5 +310,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     from evaluate import run_script
-
     run_script(main)

@@ -3,6 +3,7 @@
     python tests/bench.py                                       base, one clip, and the loader: 10 minutes
     python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
     python tests/bench.py --finetune as20k --clips 1            an update of fine-tuning, of a preset
+    python tests/bench.py --tags --model demo                   tags of a 20-minute mp3 against its wav's
     python tests/bench.py --json bench.json                     the same numbers as JSON
 
 Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate
@@ -32,10 +33,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import data  # noqa: E402
 import finetune  # noqa: E402
+import listen  # noqa: E402
 import pretrain  # noqa: E402
 from evaluate import init_distributed, pick_precision  # noqa: E402
 from masking import count_visible, visible_ids  # noqa: E402
@@ -215,6 +217,24 @@ def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, floa
     return numbers | {"peak memory (GiB)": peak_memory()}
 
 
+def bench_tags(model: str, runs: int, minutes: int = 20) -> dict[str, float]:
+    """Tags of a long mp3, which is decoded in sequence, against those of its wav, in pairs."""
+    init_distributed()
+    torch.manual_seed(0)
+    network = AudioClassifier(MODELS[model], {str(i): "" for i in range(527)}).to(DEVICE).eval()
+    minute, seconds = torch.randn(60 * 16_000) / 20, dict(wav=[], mp3=[])
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in seconds:
+            soundfile.write(f"{folder}/long.{kind}", minute.repeat(minutes).numpy(), 16_000)
+        for _ in range(runs):
+            for kind, times in seconds.items():
+                path = Path(folder, f"long.{kind}")
+                times.append(median_seconds(lambda path=path: listen.tag(network, path, DEVICE), 1, 0))
+    numbers = {f"tags of {minutes} minutes, {kind} (s)": statistics.median(t) for kind, t in seconds.items()}
+    ratio = statistics.median(mp3 / wav for wav, mp3 in zip(*seconds.values()))
+    return numbers | {"promise: tags of an mp3, times those of its wav (at most 1.5)": ratio}
+
+
 def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -375,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="base")
     parser.add_argument("--finetune", default="", choices=["", *finetune.PRESETS], help="its update instead")
+    parser.add_argument("--tags", action="store_true", help="those of a long mp3 and its wav instead")
     parser.add_argument("--clips", type=int, default=1, help="clips per update")
     parser.add_argument("--clones", type=int, default=16)
     parser.add_argument("--amp", default="auto")
@@ -392,6 +413,8 @@ def main() -> None:
         numbers = bench_finetune(finetune.FinetuneConfig(**finetune.PRESETS[args.finetune] | dict(
             model=args.model, batch_size=args.clips, amp=args.amp, compile=args.compile,
         )), args.runs)  # fmt: skip
+    elif args.tags:
+        numbers = bench_tags(args.model, args.runs)
     else:
         made = make(config)
         numbers = bench_update(config, made, args.runs)
@@ -403,6 +426,7 @@ def main() -> None:
     threads = f"{torch.get_num_threads()} CPU threads"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads
     what = f"fine-tuning ({args.finetune})" if args.finetune else f"{args.clones} clones"
+    what = "tags" if args.tags else what
     print(f"\n{args.model}, {args.clips} clips, {what}, {args.amp}, {device}, torch {torch.__version__}")
     for name, value in numbers.items():
         print(f"{name:62s} {value:12.4g}")

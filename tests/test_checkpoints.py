@@ -28,7 +28,9 @@ from model import (
     AudioClassifier,
     CheckpointError,
     Encoder,
+    ModelConfig,
     load_checkpoint,
+    newest_checkpoint,
     read_pretrained,
     save_checkpoint,
     sincos_2d,
@@ -259,6 +261,37 @@ def test_model_py_alone_reads_checkpoints_of_this_project(tmp_path):
     said = result.stderr.splitlines()[-1]
     assert result.stdout == "['a', 'b']\n"
     assert "CheckpointError" in said and "fairseq_finetuned.pt is not of this project" in said
+    for size in (0, 20_000, paths[0].stat().st_size - 100):  # a damaged one of its own is called that
+        (tmp_path / "damaged.pt").write_bytes(paths[0].read_bytes()[:size])
+        damaged = [*command[:4], tmp_path / "damaged.pt"]
+        result = subprocess.run(damaged, cwd=tmp_path, text=True, capture_output=True)
+        said = result.stderr.splitlines()[-1]
+        assert "damaged.pt is not a checkpoint of this model: " in said and "of this project" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), MemoryError(), RuntimeError("you can't allocate memory here")]
+)
+def test_what_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch, error):
+    """A disk or memory that fails says nothing of a checkpoint: it keeps its name, and no older is used."""
+    our_classifier(tmp_path), our_classifier(tmp_path, "previous.pt")
+
+    def fails(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="memory|Input/output error") as said:
+        patch.setattr(torch, "load", fails)
+        newest_checkpoint(tmp_path)
+    assert "\n" not in str(said.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.pt"
+
+
+@pytest.mark.parametrize("name", ["heads", "decoder_groups", "patch_size", "mel_bins", "width", "depth"])
+@pytest.mark.parametrize("value", [0, -1, 2**15])
+def test_sizes_that_no_network_has(name, value):
+    with pytest.raises(ValueError, match="^expected "):
+        ModelConfig(**{name: value})
 
 
 @pytest.mark.parametrize("layout", ["", "fairseq.pt"])
@@ -294,6 +327,18 @@ def test_an_export_says_whose_code_reads_it_and_what_it_is(tmp_path):
     save_file(weights_of(tmp_path / "my-eat"), foreign / "model.safetensors")
     shutil.copy(tmp_path / "my-eat" / "config.json", foreign)
     assert list(AudioClassifier.from_pretrained(foreign).classes) == ["A bird, singing", "Bell"]
+
+
+def test_classes_of_the_same_name_come_from_a_foreign_folder(tmp_path):
+    """Two of one name are two classes, by their numbers."""
+    shutil.copytree(GOLDEN / "hf_finetuned", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    n = len(AudioClassifier.from_pretrained(tmp_path / "hf").classes)
+    names = ["Animal", "Car", "Animal", *(f"name {i}" for i in range(3, n))]
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    model = AudioClassifier.from_pretrained(tmp_path / "hf")
+    assert model.classes == {f"class {i}": name for i, name in enumerate(names)}
 
 
 def test_round_trip_of_a_pretraining_run(folder, script):

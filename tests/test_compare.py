@@ -88,6 +88,16 @@ def test_seeds_of_their_own_checkpoints_and_their_spread(pretrained, called):
         assert f"{name:32s} {np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in said
 
 
+def test_the_preset_own_fits_the_checkpoint(pretrained, called, monkeypatch):
+    """As finetune.py does; whatever {seed} stands for."""
+    seen = []
+    monkeypatch.setattr(compare, "fine_tune", lambda config: seen.append(config) or 0.5)
+    files = "--data manifest.tsv --eval_data manifest.tsv --workers 0 --rows tuned --out_dir run".split()
+    called(compare, "--preset", "own", "--init", "pre{seed}.pt", "--seeds", 2, *files)
+    assert [config.init for config in seen] == ["pre1.pt", "pre2.pt"]
+    assert {(config.clip_frames, config.lr, config.loss) for config in seen} == {(64, 0.2 / 64, "ce")}
+
+
 def test_folds_and_their_mean(pretrained, called, monkeypatch):
     """Each fold is trained and tested on its own manifests. Two seeds that have .2 and .4, .5 and .9 on two
     folds have means of .3 and .7, which is .5 on average, and .2828 is their deviation."""

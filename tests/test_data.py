@@ -169,6 +169,31 @@ def test_segments_are_cut_from_the_resampled_file(noisy, start, n_samples):
     assert_same_sound(load_audio(path, start), whole[start:])
 
 
+EVERY_RATE = [rate for rate in range(8000, 96_001, 25)]
+
+
+@pytest.mark.parametrize("rates", [EVERY_RATE[::320], pytest.param(EVERY_RATE[::10], marks=pytest.mark.long)])
+def test_pieces_at_every_rate_divisible_by_25(tmp_path, rates):
+    """The first, one from the middle, the last full one, and the rest behind it."""
+    for rate in rates:
+        waveform = 0.2 * torch.randn(rate + rate // 3, generator=torch.Generator().manual_seed(rate))
+        soundfile.write(tmp_path / "x.wav", waveform.numpy(), rate, subtype="FLOAT")
+        whole = resample(waveform, rate)
+        for start in (0, 4321, 15_000, len(whole) - 5000, len(whole) - 400):
+            there = whole[start : start + 5000]
+            assert_same_sound(load_audio(tmp_path / "x.wav", start, 5000), there)
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100])
+def test_the_last_seconds_of_a_vorbis_file(tmp_path, rate):
+    """Into the last page, which is long where there is little to say, libsndfile does not seek exactly."""
+    t = torch.arange(6 * rate) / rate
+    soundfile.write(tmp_path / "x.ogg", (0.3 * torch.sin(2000 * t * (1 + t))).numpy(), rate)
+    whole = load_audio(tmp_path / "x.ogg")
+    for start in range(70_001, 95_000, 2345):
+        assert_same_sound(load_audio(tmp_path / "x.ogg", start, 1000), whole[start : start + 1000])
+
+
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
 def test_segments_of_compressed_files(tmp_path, suffix):
     """What is reached by a jump into a file is what reading it from the start gives."""

@@ -8,6 +8,8 @@ it makes gradients of zeros.
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import evaluate
 import finetune
 import pretrain
 from conftest import ROOT
@@ -196,6 +199,33 @@ def test_what_would_wait_or_compute_in_another_type_is_caught(gpu, fault):
         operators = two_updates_of_pretraining(gpu, torch.bfloat16)
         assert operators.waits == []
         assert_types(operators.types, torch.bfloat16, {"native_batch_norm", "mse_loss", "_fft_r2c"})
+
+
+@pytest.mark.parametrize("gpu_is_there, cuda, visible, is_refused", [
+    (True, "12.8", None, True), (True, "12.8", "0", True), (True, "12.8", "", False),
+    (True, "12.8", "-1", False), (True, None, None, False), (False, "12.8", None, False),
+])  # fmt: skip
+def test_a_driver_too_old_for_this_build_is_refused(
+    called, monkeypatch, gpu_is_there, cuda, visible, is_refused
+):
+    """A GPU that a build for CUDA cannot use is not left idle in silence, unless it is hidden on purpose."""
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda x: gpu_is_there if x == "/dev/nvidia0" else real(x))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    said = called(evaluate, "nothing.pt", "nothing.tsv", check=False)
+    old = "the GPU's driver is too old, this PyTorch is built for CUDA 12.8"
+    old += " (CUDA_VISIBLE_DEVICES= for the CPU)"
+    assert said.returncode == 1 and said.stderr.count("\n") == 1 and not said.stdout
+    assert (said.stderr == f"evaluate.py: {old}\n") == is_refused
+    if not is_refused:  # it goes on to the next mistake
+        assert evaluate.init_distributed()[2].type == "cpu" and "nothing.pt" in said.stderr
+    else:
+        with pytest.raises(data.InputError, match=re.escape(old)):
+            evaluate.init_distributed()
 
 
 def test_the_first_run_on_a_gpu_is_ready(tmp_path):

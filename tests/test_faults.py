@@ -4,17 +4,24 @@
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import itertools
+import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,10 +32,11 @@ import torch
 from conftest import ENVIRONMENT, ROOT, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pretrain import SHORT, losses, read_log
+from test_pretrain import SHORT, losses, our_lines, read_log
 
 import pretrain
-from data import AudioDataset, InputError, Manifest, load_audio
+from data import AudioDataset, InputError, Manifest, build_loader, load_audio
+from listen import count_samples
 from model import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
 
 LONG = pytest.mark.long
@@ -57,11 +65,15 @@ def digest(out_dir: Path, name: str = "last.pt") -> str:
 
 
 class Job:
-    """pretrain.py, under torchrun if there are several processes, started with its output in a file."""
+    """pretrain.py, under torchrun if there are several processes, started with its output in a file.
 
-    def __init__(self, folder: Path, *args, processes: int = 2, restarts: int = 0, program="pretrain.py"):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        torchrun.append(f"--max_restarts={restarts}")
+    With a port, one of two nodes of so many processes each.
+    """
+
+    def __init__(self, folder: Path, *args, processes=2, restarts=0, program="pretrain.py", port=0):
+        node = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+        torchrun = ["-m", "torch.distributed.run", *(node if port else ["--standalone"])]
+        torchrun += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), ROOT / program, *args]
         self.output, self.processes = open(folder / "output.txt", "a+"), processes
         options = dict(cwd=folder, env=ENVIRONMENT, stdout=self.output, stderr=subprocess.STDOUT)
@@ -268,6 +280,36 @@ def test_a_frozen_rank_ends_the_job(tmp_path, patience):
     assert saved_step(tmp_path / "run") >= 5
 
 
+def two_nodes(folder: Path, *args) -> list[Job]:
+    """A job of two nodes with two processes each, both of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Job(folder, *args, port=port) for _ in range(2)]
+
+
+@LONG
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_nodes_go_on_when_one_is_lost(tmp_path, train, killed):
+    """It takes all its processes with it, and the other ends by itself, within --timeout. Both started again
+    end where four processes do that nothing has disturbed, bit for bit; which is the curve of one."""
+    args = [*RUN, "--updates", 2 * GAP, "--save_every", 7]
+    assert Job(tmp_path, *args, "--out_dir", "whole", processes=4).wait(300) == 0
+    assert train(*args, "--out_dir", "one") == 0
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    nodes = two_nodes(tmp_path, *args, "--out_dir", "cut", "--timeout", 0.5)
+    assert nodes[0].wait_for(lambda: last_step(tmp_path / "cut") >= GAP)
+    nodes[killed].kill()
+    assert nodes[1 - killed].wait(90) != 0
+    step = saved_step(tmp_path / "cut")
+    assert 0 < step < 2 * GAP and step % 7 == 0
+    again = two_nodes(tmp_path, *args, "--out_dir", "cut")
+    assert [node.wait(300) for node in again] == [0, 0]
+    assert f"resuming at update {step} in cut: 4 x " in again[0].text()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_torchrun_restarts_the_job_by_itself(tmp_path, uncut):
     updates = 4 * GAP
     job = Job(tmp_path, *RUN, "--updates", updates, "--save_every", 5, "--out_dir", "cut", restarts=2)
@@ -290,6 +332,121 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, train):
     job.kill()
     with pytest.raises(InputError, match="run holds a run with other settings"):
         train(*args, "--seed", 2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EAGAIN])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, train, capsys, monkeypatch, number):
+    """Only what says that another process has the lock stops a run."""
+
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    args = [*RUN, "--updates", 1, "--warmup", 0, "--out_dir", "run"]
+    if number in (errno.EACCES, errno.EAGAIN):
+        with pytest.raises(InputError, match="^another process is running in run: wait for it$"):
+            train(*args)
+    else:
+        assert train(*args) == 0 and last_step(tmp_path / "run") == 1
+        warning = "WARNING: no locks in run: see that one process runs in it\n"
+        assert capsys.readouterr().out.count(warning) == 1
+
+
+# --- loaders ----------------------------------------------------------------------------------------------
+
+LOADING = {
+    "pretrain.py": [*SHORT, "--data", "manifest.tsv", "--out_dir", "run"],
+    "finetune.py": [
+        *"--preset own --model tiny --init scratch --clip_frames 64 --batch_size 8 --updates 3".split(),
+        *"--data manifest.tsv --eval_data manifest.tsv --min_samples 1600 --out_dir tuned".split(),
+    ],
+    "evaluate.py": ["classifier.pt", "manifest.tsv"],
+    "prepare.py pack": ["long.tsv", "packed.tsv"],
+    "prepare.py stats": ["long.tsv"],
+}
+CURE = "try more shared memory (docker --ipc=host or --shm-size), or --workers 0"
+
+
+def command_of(name: str, folder: Path, *more) -> list[str]:
+    """The command line of one of LOADING; files of its own are made in the folder."""
+    soundfile.write(folder / "long.wav", tone(320_000).numpy(), 16_000)
+    (folder / "long.tsv").write_text(f"{folder}\nlong.wav\t320000\n")
+    program, *command = name.replace("prepare.py", "extras/prepare.py").split()
+    return [str(x) for x in (ROOT / program, *command, *LOADING[name], "--workers", 1, *more)]
+
+
+def test_a_full_shared_memory_ends_each_script_at_once(classifier):
+    """As in a container, whose /dev/shm has 64 MB: one line that names the cure, long before --timeout."""
+    mount = "mount -t tmpfs -o size=300k tmpfs /dev/shm"
+    with_little = ["unshare", "-rm", "sh", "-c", f"{mount} && exec \"$@\"", "-"]
+    if not shutil.which("unshare") or subprocess.run([*with_little, "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare, and to be permitted to use it")
+    commands = [command_of(name, classifier, "--timeout", 0.3) for name in LOADING]
+    requests = [dict(argv=command, out=f"out {i}", err=f"err {i}") for i, command in enumerate(commands)]
+    lines = [json.dumps(dict(cwd=str(classifier), env=ENVIRONMENT) | request) for request in requests]
+    run = dict(input="\n".join(lines), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    start = [*with_little, sys.executable, str(ROOT / "tests" / "starter.py")]
+    done = subprocess.run(start, cwd=classifier, env=ENVIRONMENT, timeout=120, **run)
+    assert done.stdout.split() == ["1"] * len(LOADING)
+    for i, request in enumerate(requests):
+        said, program = (classifier / f"err {i}").read_text(), Path(request["argv"][0]).name
+        assert re.fullmatch(rf"{program}: DataLoader worker .* exited .*: {re.escape(CURE)}\n", said), said
+
+
+# Runs a script whose loader processes stop at the first clip they read: those of rank 1, if there are several
+STOPPING = f"""
+import os, runpy, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "extras")!r}]
+import data
+from torch.utils.data import get_worker_info
+real = data.read_pieces
+def read_pieces(*args, **options):
+    if get_worker_info() and os.environ.get("RANK", "1") == "1":
+        open("stopped", "w").write(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*args, **options)
+data.read_pieces = read_pieces
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_a_loader_that_stands_still_ends_the_script(classifier, script, name):
+    """Within --timeout, by one line that names the cure; the loader does not outlive it."""
+    (classifier / "stopping.py").write_text(STOPPING)
+    command, stopped = command_of(name, classifier, "--timeout", 0.03), classifier / "stopped"
+    result = script(classifier / "stopping.py", *command, check=False)
+    assert time.time() - stopped.stat().st_mtime < 1.8 + 6
+    said = rf"{Path(command[0]).name}: DataLoader timed out after 1\.\d+ seconds: {re.escape(CURE)}\n"
+    assert result.returncode == 1 and re.fullmatch(said, result.stderr), result.stderr
+    assert not command_line(int(stopped.read_text()))
+
+
+@LONG
+def test_a_loader_that_stands_still_ends_all_processes(classifier, script):
+    """Its process says so before the others, which wait for it, give up."""
+    (classifier / "stopping.py").write_text(STOPPING)
+    command = command_of("pretrain.py", classifier, "--timeout", 0.1)
+    result = script(classifier / "stopping.py", *command, processes=2, check=False)
+    said = f"pretrain.py: DataLoader timed out after 5.4 seconds: {CURE}"
+    assert result.returncode == 1 and our_lines(result) == [said]
+    assert not command_line(int((classifier / "stopped").read_text()))
+
+
+def test_a_loader_stopped_with_batches_on_offer_is_ended(folder):
+    """To fetch one that it has offered takes its help: torch would wait for that without end."""
+    batches = build_loader(AudioDataset(folder / "manifest.tsv"), [[i] for i in range(8)], 1, timeout=1)
+    next(batches)
+    (loader,) = multiprocessing.active_children()
+    time.sleep(0.5)  # for the next ones to be on offer
+    os.kill(loader.pid, signal.SIGSTOP)
+    start, rescue = time.monotonic(), threading.Timer(20, loader.kill)
+    rescue.start()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)
+    rescue.cancel()
+    assert time.monotonic() - start < 15 and not command_line(loader.pid)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -517,16 +674,20 @@ def resident(what: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
-def read_within(path: Path, seconds: float = 2.0, mebibytes: int = 500) -> str:
-    """Read a file; returns "ok" or the error, and fails if it took too long or too much memory."""
+def read_within(
+    path: Path, seconds: float = 2.0, mebibytes: int = 500, start: int = 0, count: bool = False
+) -> str:
+    """Read a file from `start` on, or count what it holds and read its end; returns "ok" or the error, which
+    is one line, and fails if it took too long or too much memory."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = resident(), time.time()
+    before, begun = resident(), time.time()
     try:
-        load_audio(path, 0, 164_080)
+        load_audio(path, max(0, count_samples(path) - 2000) if count else start, 164_080, allow_silence=count)
         said = "ok"
     except InputError as error:
         said = str(error)
-    assert time.time() - start < seconds, path
+        assert said and "\n" not in said and not (count and said.startswith("has no sound"))
+    assert time.time() - begun < seconds, path
     assert resident("VmHWM") - before < mebibytes, path
     return said
 
@@ -547,36 +708,102 @@ def test_absurd_headers_cost_little(tmp_path, header):
     assert read_within(tmp_path / "x.wav") == "ok"
 
 
+def mutate(data: bytearray, suffix: str, rng: random.Random) -> None:
+    """Flip, overwrite, cut out or repeat some bytes, or change what an mp3 says of its length."""
+    for _ in range(rng.choice([1, 3, 30])):
+        at, size = rng.randrange(len(data)), rng.randrange(1, 64)
+        match rng.randrange(5):
+            case 0:
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                data[at : at + size] = rng.randbytes(size)
+            case 2:
+                del data[at : at + size]
+            case 3:
+                data[at:at] = data[at : at + size]
+            case 4:  # most of what matters is at the front
+                data[rng.randrange(min(len(data), 64))] = rng.choice([0, 127, 128, 255])
+    place = data.find(b"Xing") if suffix == "mp3" else -1
+    if place >= 0 and rng.random() < 0.7:
+        frames = rng.choice([0, 1, rng.randrange(1000), rng.randrange(2**32), 2**32 - 1]).to_bytes(4, "big")
+        n_bytes = rng.choice([0, len(data), 2**32 - 1]).to_bytes(4, "big")
+        match rng.randrange(4):
+            case 0:
+                data[place + 8 : place + 12] = frames
+            case 1:  # the name that files of constant bit rate have; with other fields
+                data[place : place + 16] = b"Info" + bytes([0, 0, 0, rng.randrange(16)]) + frames + n_bytes
+            case 2:  # Fraunhofer's, 32 bytes behind the frame's header
+                data[place : place + 8] = bytes(8)
+                data[36:62] = b"VBRI" + bytes([0, 1, 0, 0, 0, 75]) + n_bytes + frames + rng.randbytes(8)
+            case 3:  # none, as from a pipe
+                del data[: data.find(data[:2], place)]
+
+
+def relink(path: Path, rng: random.Random) -> None:
+    """Put a link in the file's place: to nothing, itself, a folder, or to another file; or nothing."""
+    targets = (path.with_name("gone"), path, path.parent, Path("/dev/null"), path.with_name("good.wav"), None)
+    path.unlink()
+    if target := rng.choice(targets):
+        path.symlink_to(target)
+
+
 @pytest.mark.parametrize("per_format", [30, pytest.param(500, marks=LONG)])
 def test_mutated_audio_never_crashes_hangs_or_swells(tmp_path, per_format):
-    """Bytes of real files flipped, cut out, repeated or overwritten, in four formats, read by one process."""
+    """Bytes of real files, in four formats, and what their names lead to, read by one process from anywhere:
+    each is read or refused in one line, and of what is counted the end can be read."""
     rng, source = random.Random(per_format), AudioDataset(ROOT / "extras" / "demo" / "pretrain.tsv")
+    soundfile.write(tmp_path / "good.wav", source.read(0).numpy(), 16_000)
     n_read = 0
     for suffix in ("wav", "flac", "ogg", "mp3"):
-        originals = []
+        originals, path = [], tmp_path / f"x.{suffix}"
         for item in range(0, 40, 8):
             buffer = io.BytesIO()
             soundfile.write(buffer, source.read(item).numpy(), 16_000, format=suffix.upper())
             originals.append(buffer.getvalue())
         for _ in range(per_format):
-            data = bytearray(rng.choice(originals))
-            for _ in range(rng.choice([1, 3, 30])):
-                at, size = rng.randrange(len(data)), rng.randrange(1, 64)
-                match rng.randrange(5):
-                    case 0:
-                        data[at] ^= 1 << rng.randrange(8)
-                    case 1:
-                        data[at : at + size] = rng.randbytes(size)
-                    case 2:
-                        del data[at : at + size]
-                    case 3:
-                        data[at:at] = data[at : at + size]
-                    case 4:  # most of what matters is at the front
-                        data[rng.randrange(min(len(data), 64))] = rng.choice([0, 127, 128, 255])
-            (tmp_path / f"x.{suffix}").write_bytes(data)
-            n_read += read_within(tmp_path / f"x.{suffix}") == "ok"
+            mutate(data := bytearray(rng.choice(originals)), suffix, rng)
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+            if rng.random() < 0.1:
+                relink(path, rng)
+            n_read += read_within(path) == "ok"
+            read_within(path, start=rng.randrange(2 ** rng.randrange(1, 40)))
+            read_within(path, count=True)
     print(f"\n{4 * per_format} mutated files: {n_read} still read, the others refused")
     assert 0 < n_read < 4 * per_format
+
+
+@pytest.mark.parametrize("rounds", [100, pytest.param(2000, marks=LONG)])
+def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
+    """By another file, by damage, by a link to nothing: what is read is one of the files, or is refused."""
+    rng, path = random.Random(rounds), tmp_path / "x.wav"
+    for n_samples in (8000, 12_000):
+        soundfile.write(tmp_path / f"{n_samples}.wav", tone(n_samples).numpy(), 16_000)
+    files = [load_audio(tmp_path / f"{n}.wav") for n in (8000, 12_000)]
+    (tmp_path / "bad.wav").write_bytes(wav(n_bytes=9000)[:60])
+    stop, said, end = threading.Event(), [], time.time() + 60
+
+    def replace() -> None:
+        while not stop.is_set():
+            (tmp_path / "new").symlink_to(tmp_path / rng.choice(["8000.wav", "12000.wav", "bad.wav", "gone"]))
+            os.replace(tmp_path / "new", path)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        while (len(said) < rounds or {"ok", "a link to nothing"} - set(said)) and time.time() < end:
+            try:
+                found = load_audio(path)
+                assert any(torch.equal(found, file) for file in files)
+                said.append("ok")
+            except InputError as error:
+                said.append(str(error))
+            with contextlib.suppress(InputError):
+                assert count_samples(path) in (8000, 12_000)
+    finally:
+        stop.set()
+        thread.join()
+    assert {"ok", "a link to nothing"} <= set(said)
 
 
 @settings(max_examples=300, deadline=None)

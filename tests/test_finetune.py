@@ -21,13 +21,13 @@ from test_pretrain import PLAIN, read_log
 
 import evaluate
 import finetune
-from data import AudioDataset, ClipSampler, InputError
-from evaluate import read_classes
+from data import AudioDataset, ClipSampler, InputError, load_audio
+from evaluate import parse_config, read_classes
 from finetune import (
-    PRESETS, Draws, FinetuneConfig, add_noise, draw_augmentation, layer_decay_groups, mixup, open_inputs,
-    roll_and_gain, sampling_weights, spec_augment, summed_loss, train_step,
+    PRESETS, Draws, FinetuneConfig, add_noise, draw_augmentation, fit_presets, layer_decay_groups, mixup,
+    open_inputs, roll_and_gain, sampling_weights, spec_augment, summed_loss, train_step,
 )  # fmt: skip
-from model import MODELS, AudioClassifier, ModelConfig, drop_path, load_checkpoint
+from model import MODELS, AudioClassifier, CheckpointError, ModelConfig, drop_path, load_checkpoint
 from pretrain import cosine_lr
 
 AS20K = FinetuneConfig(**PRESETS["as20k"])
@@ -304,6 +304,78 @@ def test_a_task_on_real_audio_is_learned(tmp_path, tune):
     assert evaluations(tmp_path / "run")[150] >= 0.9
 
 
+def own_classes(folder, kinds: list[str]) -> None:
+    """own0.tsv and own1.tsv: 16 and 7 clips of each kind, from the embedded audio."""
+    demo, lines = ROOT / "extras" / "demo", ([], [])
+    for kind in kinds:
+        paths = sorted((demo / kind).iterdir())
+        for i in range(23):  # of the prompts, which are few and long, several parts
+            waveform = load_audio(paths[i % len(paths)], i // len(paths) * 16_000, 10_000)
+            soundfile.write(folder / f"{kind[-1]}{i}.wav", waveform.numpy(), 16_000)
+            lines[i % 3 == 2].append(f"{kind[-1]}{i}.wav\t{len(waveform)}\t{kind}")
+    for part in (0, 1):
+        (folder / f"own{part}.tsv").write_text("\n".join([str(folder), *lines[part]]) + "\n")
+
+
+OWN_PRE = "--preset demo --model tiny --clip_frames 32 --clones 2 --updates 10 --workers 0".split()
+OWN_PRE += "--norm_mean -5 --norm_std 4 --min_samples 1000 --out_dir pre".split()
+
+
+@pytest.mark.parametrize("kinds, updates, least", [
+    ("instruments syllables/a", 60, 0.8),
+    pytest.param("instruments prompts syllables/a syllables/i", 400, 0.55, marks=LONG),
+])  # fmt: skip
+def test_classes_of_your_own_are_learned_by_default(tmp_path, train, script, kinds, updates, least):
+    """With --preset own, and no other setting that makes a difference."""
+    own_classes(tmp_path, kinds.split())
+    assert train(*OWN_PRE, "--data", "own0.tsv") == 0
+    files = "--init pre --data own0.tsv --eval_data own1.tsv --out_dir run --workers 0".split()
+    script("finetune.py", "--preset", "own", *files, "--updates", updates, "--eval_every", updates)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    taken = dict(clip_frames=32, norm_mean=-5.0, norm_std=4.0, min_samples=1000, lr=0.2 / 64)
+    assert {name: config[name] for name in taken} == taken and config["warmup"] == updates // 10
+    assert evaluations(tmp_path / "run")[updates] >= least
+
+
+def test_the_preset_own_fits_labels_and_what_is_given_stays(folder, train, tune):
+    """Several labels are learned as such; flags come before the checkpoint; other presets are as they are."""
+    assert train(*OWN_PRE, "--data", "manifest.tsv", "--updates", 1) == 0
+    several = (folder / "manifest.tsv").read_text().replace("\tlow", "\tlow,any")
+    (folder / "several.tsv").write_text(several)
+
+    def fitted(*flags: str, preset: str = "own") -> FinetuneConfig:
+        argv = ["--preset", preset, "--init", "pre", "--eval_data", "manifest.tsv", *flags]
+        return parse_config(FinetuneConfig, fit_presets(argv), argv)
+
+    one, many = fitted("--data", "manifest.tsv"), fitted("--data", "several.tsv")
+    assert (one.loss, one.metric, one.clip_frames) == ("ce", "accuracy", 32)
+    assert (many.loss, many.metric, many.clip_frames) == ("bce", "mAP", 32)
+    flags = "--data several.tsv --loss bce_positives --clip_frames 64 --min_samples 3 --lr 1".split()
+    given = fitted(*flags)
+    assert (given.loss, given.clip_frames, given.min_samples, given.lr) == ("bce_positives", 64, 3, 1.0)
+    assert fitted("--data", "manifest.tsv", preset="esc50").clip_frames == 512
+    with pytest.raises(CheckpointError, match="there is no file nothing"):
+        fitted("--data", "manifest.tsv", "--init", "nothing")
+    more = "--eval_data several.tsv --updates 2 --batch_size 8 --workers 0".split()
+    assert finetune.train(fitted("--data", "several.tsv", *more)) == 0
+    assert list(evaluations(folder / "runs" / "finetune", "mAP")) == [1, 2]
+
+
+def test_warm_up_takes_its_share_of_a_shorter_run():
+    def warmup(*argv: str) -> int:
+        return parse_config(FinetuneConfig, PRESETS, [*argv]).warmup
+
+    assert [warmup("--preset", name) for name in ("esc50", "own", "demo")] == [400, 40, 40]
+    assert warmup("--preset", "esc50", "--updates", "200") == 20 == warmup("--preset=own", "--updates=200")
+    assert warmup("--updates", "200", "--warmup", "7") == 7
+
+
+def test_the_demos_test_set_is_not_for_other_data(folder, tune):
+    with pytest.raises(InputError, match="--eval_data is missing: a labelled manifest"):
+        tune("--preset", "demo", "--init", "scratch", "--data", "manifest.tsv")
+    assert not (folder / "runs").exists()
+
+
 def test_resume_is_exact_and_best_is_kept(folder, script, tune):
     args = [*TINY, "--updates", 40, "--drop_path", 0.5]
     script("finetune.py", *args)
@@ -405,8 +477,12 @@ def test_what_the_last_evaluation_alone_cannot_read_is_listed(folder, tune):
     (["--data", "half.tsv"], "half.tsv: clip 1.wav has no label"),
     (["--eval_data", "other.tsv"], "clip 0.wav has the labels ['bird'], not all among the 2 classes"),
     (["--eval_data", ""], "--eval_data is missing: a labelled manifest"),
+    (["--data", "absent.tsv"], "most files of absent.tsv are not there, as"),
+    (["--eval_data", "absent.tsv"], "most files of absent.tsv are not there, as"),
+    (["--min_samples", "13000"], "all clips of low are shorter than --min_samples 13000"),
+    (["--warmup", "12"], "--warmup 12 must be less than --updates 12"),
     (["--data", "single.tsv", "--eval_data", "single.tsv"], "single.tsv has one class only: low"),
-    (["--data", "several.tsv"], "several.tsv: a clip has several labels"),
+    (["--data", "several.tsv"], "several.tsv: a clip has several labels: --loss bce --metric mAP"),
     (["--batch_size", "7", "--mixup", "0.5"], "mixup pairs clips"),
     (["--accumulate", "8", "--mixup", "0.5"], "mixup pairs clips"),
     (["--accumulate", "3"], "--batch_size 8 does not divide by 1 processes x 3 (--accumulate)"),
@@ -421,6 +497,8 @@ def test_what_the_last_evaluation_alone_cannot_read_is_listed(folder, tune):
 def test_bad_input_is_one_line_and_writes_nothing(folder, tune, args, message):
     torch.save(dict(network={}, student=Attack(folder / "ran")), folder / "attack.pt")
     (folder / "unlabelled.tsv").write_text(f"{folder}\nclip 0.wav\t8000\nclip 1.wav\t9600\n")
+    rows = (folder / "manifest.tsv").read_text()
+    (folder / "absent.tsv").write_text(re.sub("clip [1-6]", "gone", rows))
     (folder / "half.tsv").write_text(f"{folder}\nclip 0.wav\t8000\ta\nclip 1.wav\t9600\n")
     (folder / "other.tsv").write_text(f"{folder}\nclip 0.wav\t8000\tbird\n")
     (folder / "single.tsv").write_text(f"{folder}\nclip 0.wav\t8000\tlow\nclip 1.wav\t9600\tlow\n")

@@ -302,6 +302,11 @@ def test_pack_touches_no_other_file(folder):
     }
 
 
+def test_pack_makes_the_folder_of_its_output(folder):
+    prepare.pack(str(folder / "manifest.tsv"), str(folder / "a" / "new" / "packed.tsv"), workers=0)
+    assert len(AudioDataset(folder / "a" / "new" / "packed.tsv")) == 8
+
+
 def test_pack_of_bad_files_only(folder):
     """Nothing is left that would be in the way when the files are there."""
     source, target = str(folder / "manifest.tsv"), str(folder / "packed.tsv")
@@ -348,6 +353,20 @@ def test_esc50_folds(tmp_path, script):
     assert len(AudioDataset(str(tmp_path / "esc50" / "train1.tsv"), 512, segments=False)) == 7
     with pytest.raises(InputError, match="train1.tsv exists: remove it"):
         prepare.esc50(str(tmp_path / "ESC-50"), str(tmp_path / "esc50"))
+
+
+def test_esc50_folds_of_other_numbers(tmp_path):
+    """Numbered from 0, or with one missing: a pair of manifests for each fold that is there."""
+    (tmp_path / "meta").mkdir()
+    rows = [f"{fold}-{i}.wav,{fold},{name}" for fold in (0, 1, 3) for i, name in enumerate(["dog", "cat"])]
+    (tmp_path / "meta" / "esc50.csv").write_text("\n".join(["filename,fold,category", *rows]) + "\n")
+    for row in rows:
+        wav(tmp_path / "audio" / row.split(",")[0])
+    prepare.esc50(str(tmp_path), str(tmp_path / "out"))
+    expected = {f"{part}{fold}.tsv" for part in ("train", "test") for fold in (0, 1, 3)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    assert [row[0] for row in rows_of(tmp_path / "out" / "test0.tsv")] == ["0-0.wav", "0-1.wav"]
+    assert [row[0][0] for row in rows_of(tmp_path / "out" / "train0.tsv")] == ["1", "1", "3", "3"]
 
 
 def test_speech_commands_split(tmp_path, script):

@@ -6,13 +6,16 @@ What a run promises when something goes wrong is tested in test_faults.py.
 import copy
 import ctypes
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,10 @@ from conftest import DEVICES, NEEDS_GPU, ROOT
 from test_data import bad_files
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
 import finetune
+import listen
+import prepare
 import pretrain
 from data import InputError
 from evaluate import parse_config, pick_precision
@@ -344,6 +350,16 @@ def test_two_processes_accumulation_and_packed_data_give_one_curve(folder, scrip
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
+def test_four_processes_give_the_curve_of_one(folder, script, train):
+    """The paper's layout: torchrun --nproc_per_node=4."""
+    assert train(*PLAIN, "--out_dir", "one") == 0
+    assert "starting in four: 4 x " in script("pretrain.py", *PLAIN, "--out_dir", "four", processes=4).stdout
+    assert losses(folder / "four") == pytest.approx(losses(folder / "one"), rel=1e-5)
+    one, four = (load_checkpoint(folder / name / "last.pt") for name in ("one", "four"))
+    for part in ("student", "teacher"):
+        torch.testing.assert_close(four[part], one[part], rtol=1e-4, atol=1e-5)
+
+
 def test_the_log_says_what_happens(folder, train, capsys):
     """A line for the first update, every log_every-th and the last; probes before, during and after."""
     probes = ["--probe_train", "manifest.tsv", "--probe_test", "manifest.tsv", "--probe_every", 2]
@@ -359,6 +375,58 @@ def test_the_log_says_what_happens(folder, train, capsys):
     assert last["lr"] == cosine_lr(4, 2e-3, 2, 5, 0) and last["ema_decay"] == BASE.ema_decay_end
     assert last["clips_per_s"] * last["step_ms"] == pytest.approx(8 * 1000) and 0 < last["data_wait"] < 1
     assert "step 5  loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("updates, advice", [
+    (400_000, ["28 days: did you mean --preset demo, --model small?"]), (40_000, []),
+])  # fmt: skip
+def test_a_run_says_how_long_it_will_take(folder, train, capsys, monkeypatch, updates, advice):
+    """From the third update on, as if each took 6 s and the run began on the first of January."""
+    now, real = [0.0], pretrain.train_step
+
+    def train_step(*args):
+        out = real(*args)
+        now[0] += 6
+        if now[0] == 24:
+            signal.raise_signal(signal.SIGTERM)
+        return out
+
+    monkeypatch.setattr(pretrain, "train_step", train_step)
+    monkeypatch.setattr(time, "perf_counter", lambda: 1 + now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "localtime", time.gmtime)
+    assert train(*PLAIN, "--updates", updates, "--out_dir", "run") == 128 + signal.SIGTERM
+    end = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=6 * updates)
+    lines = capsys.readouterr().out.splitlines()
+    said = [f"an update takes 6.00 s: {updates - 3:,} more until {end:%a %d %b %H:%M}", *advice]
+    at = lines.index(said[0])
+    assert lines[at : at + len(said)] == said and lines[at - 1].startswith("step 3 ")
+    assert lines[at + len(said)].startswith("step 4 ") and max(map(len, lines)) <= 80
+    left = [line["minutes_left"] for line in read_log(folder / "run")]
+    assert left == pytest.approx([(updates - step) / 10 for step in (1, 2, 3, 4)])
+
+
+def test_output_is_made_for_people_and_for_files(classifier, train, tune, called, capfd):
+    """Lines of at most 80 columns; no bars of progress where there is no terminal."""
+    probes = ["--probe_train", "manifest.tsv", "--probe_test", "manifest.tsv", "--probe_every", 5]
+    assert train(*PLAIN, "--out_dir", "run", *probes) == 0
+    small = "--preset own --model tiny --init scratch --batch_size 8 --updates 10 --min_samples 1600".split()
+    data = "--clip_frames 96 --workers 0 --log_every 1 --data manifest.tsv --eval_data manifest.tsv".split()
+    assert tune(*small, *data, "--out_dir", "tuned") == 0
+    said = capfd.readouterr()
+    lines = said.out.splitlines()
+    assert [line for line in lines if len(line) > 80] == [] and not said.err
+    assert sum("probe_linear" in line for line in lines) == 3 and sum("mAP" in line for line in lines) >= 2
+    outputs = [said.out]
+    for module, *args in (
+        (evaluate, "classifier.pt", "manifest.tsv"), (evaluate, "run", "manifest.tsv", "manifest.tsv"),
+        (prepare, "scan", ".", "-o", "new.tsv"), (prepare, "stats", "new.tsv"),
+        (prepare, "pack", "new.tsv", "packed.tsv"), (listen, "classifier.pt", "clip 0.wav", "clip 1.wav"),
+        (listen, "classifier.pt", "clip 7.wav"), (listen, "run", ".", "--features", "features"),
+    ):  # fmt: skip
+        done = called(module, *args)
+        outputs.append(done.stdout + done.stderr)
+    assert all(outputs) and "\r" not in "".join(outputs)
 
 
 @pytest.mark.parametrize("flags, kept", [
@@ -418,6 +486,19 @@ def test_a_run_folder_keeps_its_settings(folder, script, train, capsys):
     with pytest.raises(InputError, match="mine is not empty and holds no run"):
         train(*args, "--data", "moved.tsv", "--out_dir", "mine")
     assert [p.name for p in (folder / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_keeps_its_precision(folder, train, monkeypatch):
+    """The one that --amp auto has found: where it would be another, the run does not go on in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = [*PLAIN, "--out_dir", "run"]
+    assert train(*args, "--amp", "fp32") == 0 == train(*args, "--amp", "auto")
+    with pytest.raises(InputError, match=r"run holds a run with other settings \(amp was fp32, now bf16\)"):
+        train(*args, "--amp", "bf16")
+    monkeypatch.setattr(pretrain, "pick_precision", lambda *_: ("fp16", torch.float16))  # on another machine
+    with pytest.raises(InputError, match=r"\(amp was fp32, now fp16\)") as error:
+        train(*args)
+    assert "\n" not in str(error.value)
 
 
 def test_bad_files_are_skipped_and_listed(folder, script):
@@ -481,16 +562,19 @@ def test_an_error_is_told_once_by_all_processes(folder, script, args, message):
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["settings", "data"])
+@pytest.mark.parametrize("what", ["settings", "data", "precision"])
 def test_processes_that_do_not_agree_are_refused(folder, script, what):
     """As when another machine has an old command line or another manifest: nothing is trained."""
     lines = (folder / "manifest.tsv").read_text().splitlines()
     (folder / "manifest1.tsv").write_text("\n".join(lines[:-1]) + "\n")
     (folder / "manifest0.tsv").write_text("\n".join(lines) + "\n")
-    own = dict(settings='["--seed", rank]', data='["--data", f"manifest{rank}.tsv"]')[what]
+    own = dict(
+        settings='sys.argv += ["--seed", rank]', data='sys.argv += ["--data", f"manifest{rank}.tsv"]',
+        precision='evaluate.pick_precision = lambda *_: (("fp32", "bf16")[int(rank)], None)',  # of --amp auto
+    )[what]  # fmt: skip
     (folder / "start.py").write_text(
-        f'import os, runpy, sys\nsys.path.insert(0, "{ROOT}")\nrank = os.environ["RANK"]\n'
-        f'sys.argv += {own}\nsys.argv[0] = "pretrain.py"\n'
+        f'import os, runpy, sys\nsys.path.insert(0, "{ROOT}")\nimport evaluate\n'
+        f'rank = os.environ["RANK"]\n{own}\nsys.argv[0] = "pretrain.py"\n'
         f'runpy.run_path("{ROOT / "pretrain.py"}", run_name="__main__")\n'
     )
     result = script(folder / "start.py", *PLAIN, "--out_dir", "run", processes=2, check=False)
