@@ -4,6 +4,7 @@
     python tests/bench.py --model base --clips 12 --amp bf16    the paper's batch of one GPU
     python tests/bench.py --finetune as20k --clips 1            an update of fine-tuning, of a preset
     python tests/bench.py --tags --model demo                   tags of a 20-minute mp3 against its wav's
+    python tests/bench.py --formats                             files to spectrograms, beside the released way
     python tests/bench.py --json bench.json                     the same numbers as JSON
 
 Every figure is the median of several runs. What should not depend on the machine's mood is a ratio: the rate
@@ -14,6 +15,7 @@ update.
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -29,6 +31,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchaudio
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -217,6 +220,41 @@ def bench_finetune(config: finetune.FinetuneConfig, runs: int) -> dict[str, floa
     return numbers | {"peak memory (GiB)": peak_memory()}
 
 
+def bench_formats(runs: int) -> dict[str, float]:
+    """Rate of files of ten seconds to spectrograms on one core, as a multiple of that of the released way, by
+    format and in pairs: soundfile, torchaudio's resampling and Kaldi filterbank, a clip at a time."""
+    torch.set_num_threads(1)
+    init_distributed()
+    options = dict(htk_compat=True, use_energy=False, window_type="hanning", num_mel_bins=data.MEL_BINS)
+
+    def released(paths: list[Path]) -> None:
+        for path in paths:
+            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            waveform = torchaudio.functional.resample(torch.from_numpy(samples.mean(1)), rate, 16_000)
+            waveform = (waveform - waveform.mean())[None]
+            torchaudio.compliance.kaldi.fbank(waveform, sample_frequency=16_000, dither=0.0, **options)
+
+    def ours(paths: list[Path]) -> None:
+        clips = [data.Clip(data.load_audio(path), 0, "") for path in paths]
+        batch = data.collate(clips, data.CLIP_FRAMES)
+        data.spectrogram(batch.waveform, batch.n_samples, 0.0, 1.0)
+
+    numbers, noise = {}, torch.randn(10 * 48_000, 2).numpy() / 20
+    forms = [("wav", 16_000, 1), ("wav", 44_100, 2), ("flac", 16_000, 1), ("flac", 44_100, 2)]
+    forms += [("ogg", 44_100, 2), ("mp3", 44_100, 2), ("opus", 48_000, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, rate, channels in forms:
+            path, times = Path(folder, f"{rate}.{kind}"), []
+            form = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
+            soundfile.write(path, noise[: 10 * rate, :channels], rate, **form)
+            for _ in range(4 * runs):
+                both = [functools.partial(way, [path] * 12) for way in (released, ours)]
+                times.append([median_seconds(way, 1, 0) for way in both])
+            ratio = statistics.median(theirs / own for theirs, own in times)
+            numbers[f"rate / the released way: {kind}, {rate} Hz, {channels} channels"] = ratio
+    return numbers
+
+
 def bench_tags(model: str, runs: int, minutes: int = 20) -> dict[str, float]:
     """Tags of a long mp3, which is decoded in sequence, against those of its wav, in pairs."""
     init_distributed()
@@ -396,6 +434,7 @@ def main() -> None:
     parser.add_argument("--model", default="base")
     parser.add_argument("--finetune", default="", choices=["", *finetune.PRESETS], help="its update instead")
     parser.add_argument("--tags", action="store_true", help="those of a long mp3 and its wav instead")
+    parser.add_argument("--formats", action="store_true", help="reading and front end by format instead")
     parser.add_argument("--clips", type=int, default=1, help="clips per update")
     parser.add_argument("--clones", type=int, default=16)
     parser.add_argument("--amp", default="auto")
@@ -415,6 +454,8 @@ def main() -> None:
         )), args.runs)  # fmt: skip
     elif args.tags:
         numbers = bench_tags(args.model, args.runs)
+    elif args.formats:
+        numbers = bench_formats(args.runs)
     else:
         made = make(config)
         numbers = bench_update(config, made, args.runs)
@@ -426,7 +467,7 @@ def main() -> None:
     threads = f"{torch.get_num_threads()} CPU threads"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads
     what = f"fine-tuning ({args.finetune})" if args.finetune else f"{args.clones} clones"
-    what = "tags" if args.tags else what
+    what = "tags" if args.tags else "formats" if args.formats else what
     print(f"\n{args.model}, {args.clips} clips, {what}, {args.amp}, {device}, torch {torch.__version__}")
     for name, value in numbers.items():
         print(f"{name:62s} {value:12.4g}")
