@@ -66,7 +66,7 @@ def clip_samples(n_frames: int) -> int:
 
 @functools.lru_cache
 def _mel_filters(device: torch.device) -> Tensor:
-    """Triangles of equal width on the mel scale, (FFT_SIZE / 2, MEL_BINS); the last bin would weigh nothing.
+    """Triangles of equal width on the mel scale, (FFT_SIZE / 2, MEL_BINS); the Nyquist bin would weigh 0.
     In float32 on purpose: Kaldi's rounding of the slopes shows in the fourth digit of quiet bins."""
     low, high = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (MEL_LOW, MEL_HIGH))
     edges = low + torch.arange(MEL_BINS + 2) * ((high - low) / (MEL_BINS + 1))       # (M+2,)
@@ -84,11 +84,9 @@ def to_float(waveform: Tensor) -> Tensor:
 
 def log_mel(waveform: Tensor) -> Tensor:
     """Kaldi's log-mel filterbank, batched: (..., S) at 16 kHz, float in [-1, 1] or int16 -> (..., F, M).
-
     F = 1 + (S - 400) // 160: only frames that lie inside the waveform. Equals
     torchaudio.compliance.kaldi.fbank with the released settings (data/raw_audio_dataset.py:399-402): 25 ms
-    Hann windows every 10 ms, mean removed per frame, pre-emphasis 0.97, powers, 128 mel bins to 8 kHz.
-    """
+    Hann windows every 10 ms, mean removed per frame, pre-emphasis 0.97, powers, 128 mel bins to 8 kHz."""
     waveform = to_float(waveform)
     window = torch.hann_window(FRAME_LENGTH, periodic=False, device=waveform.device)
     frames = waveform.unfold(-1, FRAME_LENGTH, FRAME_SHIFT)    # (..., F, 400)
@@ -140,7 +138,7 @@ def open_audio(path: str | os.PathLike) -> Iterator:
 
 
 def whole_rate(rate: int) -> int:
-    """An odd rate, whose resampling filter would have gigabytes, to the nearest multiple of 25 Hz."""
+    """The rate itself or, if its resampling filter would take gigabytes, the nearest multiple of 25 Hz."""
     return rate if math.gcd(rate, SAMPLE_RATE) >= 25 else 25 * max(1, round(rate / 25))
 
 
@@ -167,24 +165,26 @@ def read_pieces(
         rate = whole_rate(file.samplerate)
         if min(width, file.frames * SAMPLE_RATE // rate) >= MAX_SAMPLES:
             raise InputError(f"claims {file.frames / rate / 3600:.0f} hours: its header is wrong, convert it")
-        unit = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)  # the filter's phases repeat after these
-        buffer, at = torch.empty(0), max(0, start - FRAME_SHIFT) // unit * unit  # `buffer` begins at `at`
-        if (skipped := at * rate // SAMPLE_RATE) >= file.frames > 0:
+        unit, margin = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), 160  # the filter's period and reach
+        buffer, at = torch.empty(0), max(0, start - margin) // unit * unit  # `buffer` begins at sample `at`
+        skipped = at * rate // SAMPLE_RATE
+        if skipped >= file.frames > 0:
             return
-        near = min(skipped, max(0, file.frames - 10 * rate)) if file.subtype == "VORBIS" else skipped
-        if rest := skipped - (file.seek(near) if file.seekable() else 0):  # its last page is not hit exactly
+        near = max(0, file.frames - 10 * rate) if file.subtype == "VORBIS" else skipped  # its end is hit badly
+        if rest := skipped - (file.seek(min(near, skipped)) if file.seekable() else 0):
             file.read(rest)
         while True:
-            end = math.ceil((start + width + FRAME_SHIFT) * rate / SAMPLE_RATE)  # a bit more, for the filter
+            end = math.ceil((start + width + margin) * rate / SAMPLE_RATE)
             n_missing = min(end, file.frames) - at * rate // SAMPLE_RATE - len(buffer)
             samples = torch.from_numpy(file.read(max(0, n_missing), dtype="float32", always_2d=True))
             samples = samples.mean(1) if samples.shape[1] > 1 else samples[:, 0]
             buffer = torch.cat([buffer, samples]) if len(buffer) else samples
-            if not len(piece := resample(buffer, rate)[start - at :][:width] if len(buffer) else buffer):
+            piece = resample(buffer, rate)[start - at :][:width] if len(buffer) else buffer
+            if not len(piece):
                 return
             yield piece
             start += hop
-            begin = max(0, start - FRAME_SHIFT) // unit * unit
+            begin = max(0, start - margin) // unit * unit
             n_done = (begin - at) * rate // SAMPLE_RATE
             file.read(min(max(0, n_done - len(buffer)), file.frames), dtype="int16")  # if pieces lie apart
             buffer, at = buffer[n_done:], begin
@@ -278,21 +278,19 @@ class Manifest:
 
 
 class Clip(NamedTuple):
-    """One item of an AudioDataset."""
+    """One item of an AudioDataset: a clip, or a piece of a long one."""
 
     waveform: Tensor  # (S,) float32 or int16, not padded
-    item: int  # which item this is
+    item: int  # the one that was read: a stand-in's own, which its labels belong to
     problem: str  # file and reason, if it stands in for an item that cannot be read
 
 
 class AudioDataset(Dataset):
     """The clips of a manifest, each cut into pieces of at most `n_frames` frames.
-
     A clip twice as long as n_frames or longer gives several items, so that hour-long recordings are used to
     the last piece that is full; the released code uses only the first n_frames, as `segments=False` does
     here. An item that cannot be read is replaced by the first piece of the next clip that can, always the
-    same one. Raises InputError if nothing is usable.
-    """
+    same one. Raises InputError if nothing is usable."""
 
     def __init__(
         self, source: str | os.PathLike, n_frames: int = CLIP_FRAMES, min_samples: int = FRAME_LENGTH,
@@ -322,7 +320,7 @@ class AudioDataset(Dataset):
 
     def checked(self) -> "AudioDataset":
         """Itself. Raises InputError if most of 20 files, spread over it, are not there."""
-        sample = torch.linspace(0, len(self) - 1, 20 * (not self.is_packed)).long().tolist()
+        sample = torch.linspace(0, len(self) - 1, 0 if self.is_packed else 20).long().tolist()
         paths = [os.path.join(self.manifest.root, self.name(item)) for item in sample]
         if len(absent := [path for path in paths if not os.path.lexists(path)]) > 10:
             raise InputError(f"most files of {self.source} are not there, as {absent[0]}: see its first line")
@@ -403,24 +401,23 @@ def seed_of(purpose: str, *key: int) -> int:
 
 class ClipSampler:
     """Endless batches of items: a new order every epoch, one epoch after the other without a gap.
-
     Update s uses the clips s * batch_size ... (s + 1) * batch_size - 1 of that stream, for any number of
     processes; each takes its share of them, in `accumulate` parts. Iterates over lists of items from update
-    `start` on. An epoch is a permutation of all items or, with `weights`, `epoch_items` drawn, none twice.
-    """
+    `start` on. An epoch is a permutation of all items or, with `weights`, `epoch_items` drawn, none twice."""
 
     def __init__(
         self, n_items: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1,
         accumulate: int = 1, weights: Tensor | None = None, epoch_items: int = 0,
     ):  # fmt: skip
         self.n_items, self.batch_size, self.seed, self.start = n_items, batch_size, seed, start
-        self.rank, self.accumulate, self.part = rank, accumulate, batch_size // (world * accumulate)
-        self.weights, self.epoch_items = weights, n_items if weights is None else min(epoch_items, n_items)
+        self.rank, self.accumulate, self.part_size = rank, accumulate, batch_size // (world * accumulate)
+        self.weights = weights
+        self.epoch_items = n_items if weights is None else min(epoch_items, n_items)
 
-    def rows(self, micro: int) -> range:
-        """Which clips of an update form this process's part number `micro`."""
-        number = self.rank * self.accumulate + micro
-        return range(number * self.part, (number + 1) * self.part)
+    def rows(self, part: int) -> range:
+        """Which clips of an update form this process's part number `part`."""
+        number = self.rank * self.accumulate + part
+        return range(number * self.part_size, (number + 1) * self.part_size)
 
     def order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
@@ -432,8 +429,8 @@ class ClipSampler:
     def __iter__(self) -> Iterator[list[int]]:
         order = functools.lru_cache(2)(self.order)  # an update may span two epochs
         for step in itertools.count(self.start):
-            for micro in range(self.accumulate):
-                positions = [step * self.batch_size + row for row in self.rows(micro)]
+            for part in range(self.accumulate):
+                positions = [step * self.batch_size + row for row in self.rows(part)]
                 yield [int(order(i // self.epoch_items)[i % self.epoch_items]) for i in positions]
 
 
@@ -474,6 +471,9 @@ def build_loader(
         timer.start()
         try:
             return next(loader, None)
+        except (EOFError, ConnectionError):  # of a process that has been killed
+            threading.Event().wait(1)  # for the signal that tells of it, at which torch raises RuntimeError
+            raise
         finally:
             timer.cancel()
 
@@ -484,7 +484,7 @@ def _behave(_: int) -> None:
     """Loaders end with their parent; a signal to the whole group must not end them before it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # no room in /dev/shm
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # /dev/shm is full
     silence_libraries()
 
 

@@ -49,26 +49,28 @@ Number = Annotated[float, "a number", math.isfinite]
 
 
 def check_settings(config) -> None:
-    """Refuse what the type of a field rules out, or a warm-up without end. Raises InputError."""
+    """Refuse what the type of a field rules out, or a warm-up as long as the run. Raises InputError."""
     if config.warmup >= config.updates:
         raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
     for field in dataclasses.fields(config):
-        value, options = getattr(config, field.name), get_args(field.type)
-        if options and isinstance(value, str) and value not in options:  # Literal
-            raise InputError(f"--{field.name} {value}: choose from {', '.join(options)}")
-        if options and not isinstance(value, str) and not options[2](value):  # Annotated
-            raise InputError(f"--{field.name} must be {options[1]}, not {value}")
+        value, args = getattr(config, field.name), get_args(field.type)
+        if args and isinstance(value, str) and value not in args:  # Literal: what may be chosen
+            raise InputError(f"--{field.name} {value}: choose from {', '.join(args)}")
+        if args and not isinstance(value, str) and not args[2](value):  # Annotated: type, words, test
+            raise InputError(f"--{field.name} must be {args[1]}, not {value}")
 
 
 def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     """Command line -> config, or InputError: a flag a field, its comment as help; presets change defaults.
-    What is not given fits what is: warm-ups take their share of --updates, own --data has own test sets."""
+    What is not given follows from what is: warm-ups keep their share of --updates, and a preset's sets to
+    score on are not for other --data."""
 
     def refuse(message: str) -> None:
         near = difflib.get_close_matches(message.split(": ")[-1].split()[0], [f"--{name}" for name in fields])
         raise InputError(f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the flags'})")
 
-    fields, argv = {f.name: f for f in dataclasses.fields(cls)}, sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     lines = re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))", inspect.getsource(cls), re.M)
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage="%(prog)s [--flag value ...]")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -87,10 +89,12 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     parser.set_defaults(**presets[first.parse_known_args(argv)[0].preset])
     values, usual = vars(parser.parse_args(argv)), vars(parser.parse_args([]))
     given = {re.sub("^--(no-)?|=.*", "", word) for word in argv}
-    for name in {"warmup", "ema_anneal"} & values.keys() - given:
-        values[name] = max(name == "ema_anneal", values[name] * values["updates"] // usual["updates"])
-    for name in {"eval_data", "probe_train", "probe_test"} & values.keys() - given if "data" in given else ():
-        values[name] = ""
+    derived = fields.keys() - given
+    for name in derived & {"warmup", "ema_anneal"}:
+        least = int(name == "ema_anneal")
+        values[name] = max(least, values[name] * values["updates"] // usual["updates"])
+    for name in derived & {"eval_data", "probe_train", "probe_test"}:
+        values[name] = "" if "data" in given else values[name]
     return cls(**{name: values[name] for name in fields})
 
 
@@ -111,7 +115,8 @@ def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has made nan of bf16 (pytorch#196678)
         torch.cuda.set_device(device)
     elif hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: fresh pages cost a tenth of a small update
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep what is freed
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
     if world > 1:
         # torchrun's restarts share a store, and would find the addresses of the dead in it (pytorch#135712)
         store, rank, _ = next(dist.rendezvous("env://"))
@@ -127,7 +132,7 @@ def distribute(model: nn.Module) -> nn.Module:
     """The model or, among several processes, the DistributedDataParallel that averages its gradients."""
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        if not torch.cuda.is_available():  # not to sum in another order from the second update on
+        if not torch.cuda.is_available():  # else it sums in another order from its second update on
             model.reducer._push_all_rebuilt_params()
     return model
 
@@ -148,21 +153,21 @@ def pick_precision(amp: str, device: torch.device) -> tuple[str, torch.dtype]:
 def run_script(main: Callable[[], int]) -> None:
     """Run a script to its exit status; user errors are printed in one line, by one process."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
-    status, line, store = 1, "", dist.distributed_c10d._get_default_store
+    status, line, get_store = 1, "", dist.distributed_c10d._get_default_store
     try:
         status = main()
     except KeyboardInterrupt:
         line = "interrupted"
-    except (InputError, CheckpointError, OSError) as error:  # from a loader process, its words come last
+    except (InputError, CheckpointError, OSError) as error:  # of a loader, the last line of its traceback
         line = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
     except (RuntimeError, ValueError) as error:
         if re.search("DataLoader|num_workers", str(error)):  # below 0, waited too long, or one is dead
             cure = "more shared memory (docker --ipc=host or --shm-size), or --workers 0"
-            line, _kept = f"{first_line(error).rstrip('.')}: try {cure}", error  # say it, then end loaders
-        elif not (dist.is_initialized() and store().check(["said"])):  # or another process has said why
+            line, _holds_loaders = f"{first_line(error).rstrip('.')}: try {cure}", error  # until it is said
+        elif not (dist.is_initialized() and get_store().check(["said"])):  # or another process has said why
             raise
     is_joined, rank = dist.is_initialized(), os.environ.get("RANK", "0")
-    if line and (store().add("said", 1) == 1 if is_joined else rank == "0"):
+    if line and (get_store().add("said", 1) == 1 if is_joined else rank == "0"):
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     elif line and not is_joined:
         time.sleep(10)  # torchrun ends all with the first that ends: let that be the one that speaks
@@ -212,11 +217,9 @@ def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
 
 def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
     """All metrics of (n, C) scores, and the average precision of each class (C,).
-
     mAP (classes without positives count as 0, as in scikit-learn and the released code, and are counted), AUC
     (over the classes that have both) and d-prime (the distance of two unit normal distributions with that
-    AUC, None where infinite); and accuracy, of the highest score, if every clip has one class.
-    """
+    AUC, None where infinite); and accuracy, of the highest score, if every clip has one class."""
     precision, auc = average_precision(scores, targets), roc_auc(scores, targets)
     result = dict(clips=len(scores), classes=scores.shape[1], mAP=precision.mean().item())
     if auc.isfinite().any():
@@ -232,10 +235,8 @@ def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
 @torch.no_grad()
 def masked_std(x: Tensor, weight: Tensor) -> float:
     """Spread of features over the masked patches of all processes, the sign of a collapse when it nears 0.
-
     x (R, D), weight (R,) how often each row counts: mean over channels of the square root of the unbiased
-    variance + 1e-6 (EAT_pretraining.py:830-845, where it is called target_var and pred_var).
-    """
+    variance + 1e-6 (EAT_pretraining.py:830-845, where it is called target_var and pred_var)."""
     x, weight = x.double(), weight.double()
     sums = torch.cat([weight.sum()[None], weight @ x, weight @ x.square()])  # (1 + 2D,)
     if dist.is_initialized():
@@ -306,7 +307,7 @@ def mean_and_std(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def sounding(spec: Tensor) -> Tensor:
-    """Which frames are sound and not padding, whose mel bins are all equal: (B, 1, F, M) -> (B, F) bool."""
+    """Which frames are neither padding nor digital silence, whose mel bins are all equal: (B, F) bool."""
     return (spec.amax(3) > spec.amin(3))[:, 0]
 
 
@@ -327,10 +328,8 @@ def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]
 
 def pooled(encoder: Encoder, pooling: str = POOLINGS[0], block: int = 0) -> Callable[[Tensor], Tensor]:
     """What the probes see of a clip after a block, as `tokens_after` counts them: a function for `predict`.
-
     "bands": mean and std over time of the patches in each band, without padding, (B, 1, F, M) -> (B, 2WD);
-    "cls_mean", as in published probes: CLS token and mean patch, (B, 2D). Raises InputError.
-    """
+    "cls_mean", as in published probes: CLS token and mean patch, (B, 2D). Raises InputError."""
     encode = tokens_after(encoder, block)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
@@ -349,10 +348,8 @@ def pooled(encoder: Encoder, pooling: str = POOLINGS[0], block: int = 0) -> Call
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float = 1e-2) -> Tensor:
     """Scores (n', C) of a logistic regression fitted to features x (n, D) with classes y (n, C) 0 or 1.
-
     Features are standardised. Softmax regression if every clip has one class, else one logistic regression a
-    class. LBFGS on all clips at once, the same on every process.
-    """
+    class. LBFGS on all clips at once, the same on every process."""
     mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
     x, x_test, y = (x - mean) / std, (x_test - mean) / std, y.float()
     is_single = bool((y.sum(1) == 1).all())
@@ -374,10 +371,8 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float = 1e-2) -> T
 
 def knn_probe(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Scores (n', C): classes of the k nearest of features x (n, D), weighted by exp(cosine / temperature).
-
     Features are standardised first, because what all clips have in common would make them all alike.
-    Neighbours and temperature as in DINO (arXiv 2104.14294, app. F).
-    """
+    Neighbours and temperature as in DINO (arXiv 2104.14294, app. F)."""
     mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
     x, x_test = (F.normalize((features - mean) / std, dim=1) for features in (x, x_test))
     scores = []
@@ -393,7 +388,6 @@ def probe(
     device: torch.device, workers: int = 0, metric: str = "", **loading,
 ) -> dict[str, float]:  # fmt: skip
     """Fit probes to function(spec) (B, D) of one labelled set and score them on another.
-
     Returns probe_linear and probe_knn: `metric` or, without one, accuracy if every clip has one class or mAP.
     """
     common = (config, device, workers)
@@ -425,13 +419,15 @@ def read_classes(path: str | os.PathLike) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
     header = [cell.strip() for cell in rows.pop(0)] if rows and rows[0][0].strip() == "index" else ["", "mid"]
-    label = header.index("mid") if "mid" in header else 1
+    label = header.index("mid") if "mid" in header else 1  # the columns of labels and names
     name = next((i for i, cell in enumerate(header) if cell in ("display_name", "name")), -1)
-    if not all(len(row) > label and row[0].isdecimal() for row in rows):
+    if not all(len(row) > label and row[0].isdecimal() for row in rows):  # a label a line
         rows, label = [[line] for line in lines], 0
     elif [int(row[0]) for row in rows] != list(range(len(rows))):
         raise InputError(f"{path}: the indices of the classes do not count from 0")
-    classes = {row[label].strip(): row[label if row[name][:3] == "/m/" else name].strip() for row in rows}
+    elif rows and rows[0][name].startswith("/m/"):  # FSD50K's index,label,mid: no names
+        name = label
+    classes = {row[label].strip(): row[name].strip() for row in rows}
     if not classes or len(classes) < len(rows):
         raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
     return classes
@@ -471,7 +467,7 @@ def main() -> int:
     if not args.test and (args.teacher or args.block or args.pooling != POOLINGS[0]):
         raise InputError("--teacher, --block and --pooling are for probes, which take two manifests")
     rank, _, device = init_distributed(args.timeout)
-    loading = dict(workers=args.workers, timeout=54 * args.timeout)  # fails before who waits for it
+    loading = dict(workers=args.workers, timeout=0.9 * 60 * args.timeout)  # s; before other processes do
     if args.test:
         encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
         train = open_labelled(args.manifest, encoder.config.clip_frames)

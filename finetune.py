@@ -40,7 +40,7 @@ from pretrain import DEMO, Run, cosine_lr, descend
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning, Table 4 of the paper; of --preset own, what fits --init and --data is taken from these."""
+    """Fine-tuning, paper Table 4. --preset own takes clip length, lr and so on from --init and --data."""
 
     # Data and network
     data: str = ""  # labelled manifest to train on
@@ -54,7 +54,7 @@ class FinetuneConfig:
     norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
     min_samples: Whole = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
     # Loss and network
-    loss: Literal["bce_positives", "bce", "ce"] = "bce_positives"  # BCE / positives, BCE / clips, softmax
+    loss: Literal["bce_positives", "bce", "ce"] = "bce_positives"  # BCE per positive, BCE per clip, softmax
     metric: Literal["mAP", "accuracy"] = "mAP"  # chooses best.pt
     pooling: Literal["cls", "mean"] = "cls"  # cls token or mean of the patches
     label_smoothing: Below1 = 0.0  # smoothing of ce without mixup, in training only (released code)
@@ -65,8 +65,8 @@ class FinetuneConfig:
     mixup_prob: UpTo1 = 0.9  # share of the updates that mix (released code)
     specaug_freq: UpTo1 = 0.2  # largest masked part of the mel bins
     specaug_time: UpTo1 = 0.2  # largest masked part of the frames
-    roll: bool = True  # turn each waveform around by a random part, with a random gain
-    noise: bool = False  # add uniform noise and move each spectrogram by up to 10 frames
+    roll: bool = True  # rotate each waveform by a random part of it, with a random gain
+    noise: bool = False  # add uniform noise and rotate each spectrogram by up to 10 frames
     weighted: bool = True  # draw clips so that rare classes are heard
     epoch_clips: Count = 200_000  # clips of an epoch if weighted
     # Optimisation
@@ -124,6 +124,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# What may change when a run goes on; of data, weights and classes the digests may not
 MAY_CHANGE = """data eval_data out_dir init model classes accumulate compile workers log_every save_every
     save_minutes eval_every max_bad_fraction max_skipped timeout""".split()
 
@@ -135,20 +136,18 @@ class Draws(NamedTuple):
     """Everything random about the augmentation of some clips, each (B,) float64."""
 
     roll: Tensor  # 0 to 1, part of the clip
-    gain: Tensor
+    gain: Tensor  # 0.5 to 1.5
     noise: Tensor  # 0 to 1
     shift: Tensor  # -10 to 9 frames, whole numbers
-    freq_width: Tensor  # 0 to 1, of the largest width; likewise the others
-    freq_start: Tensor
+    freq_width: Tensor  # 0 to 1, of the largest width
+    freq_start: Tensor  # 0 to 1, of the room that is left
     time_width: Tensor
     time_start: Tensor
 
 
 def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Tensor, float]:
     """The draws of an update, (8, batch_size) in the order of Draws, and its mixup weight.
-
-    Every process draws the same ones and takes its clips.
-    """
+    Every process draws the same ones and takes its clips."""
     rng, n = np.random.default_rng(seed_of("augment", config.seed, step)), config.batch_size
     draws = [rng.random(n), rng.beta(10, 10, n) + 0.5, rng.random(n), rng.integers(-10, 10, n)]
     draws += [rng.random(n) for _ in range(4)]
@@ -157,8 +156,7 @@ def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Tensor, float]
 
 
 def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tensor) -> Tensor:
-    """Turn each clip around by the part `roll` of itself and scale it: (B, S) -> (B, S) float.
-
+    """Rotate each clip by the part `roll` of its length and scale it: (B, S) -> (B, S) float.
     The paper calls this roll augmentation; the gain is the released code's (data/raw_audio_dataset.py:87-92).
     """
     at = torch.arange(waveform.shape[1], device=waveform.device).expand_as(waveform)  # (B, S)
@@ -168,10 +166,8 @@ def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tenso
 
 
 def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Tensor:
-    """Add uniform noise in [0, noise / 10) and turn each spectrogram by `shift` frames: (B, 1, F, M).
-
-    As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation.
-    """
+    """Add uniform noise in [0, noise / 10) and rotate each spectrogram by `shift` frames: (B, 1, F, M).
+    As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation."""
     spec = spec + uniform * (noise.float() / 10)[:, None, None, None]
     frames = torch.arange(spec.shape[2], device=spec.device)
     source = (frames - shift[:, None].long()) % spec.shape[2]  # (B, F)
@@ -180,20 +176,16 @@ def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Te
 
 def mixup(x: Tensor, weight: float) -> Tensor:
     """Mix each row with its neighbour, 0 with 1, 2 with 3, ...: (B, ...) -> (B, ...).
-
     Spectrograms and targets alike, one weight for the whole batch (utils/mixup.py, mode "batch"). Neighbours
-    are always in one process.
-    """
+    are always in one process."""
     return weight * x + (1 - weight) * x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def spec_augment(spec: Tensor, draws: Draws, freq: float, time: float) -> Tensor:
     """Blank one band and one stretch of time of each clip, up to the parts `freq` and `time`: (B, 1, F, M).
-
     Blank is 0, the mean of the data set. As torchaudio's masking with its own draw for each clip
     (models/EAT_audio_classification.py:374-375): real-valued width and start are drawn, then cut to whole
-    numbers.
-    """
+    numbers."""
     bands, stretches = (freq, draws.freq_width, draws.freq_start), (time, draws.time_width, draws.time_start)
     for axis, (part, width, start) in ((3, bands), (2, stretches)):
         size = spec.shape[axis]
@@ -242,9 +234,7 @@ def draw_parts(
 
 def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
     """Loss of logits (B, C) for targets (B, C), which may be mixed, summed over clips and classes: fp32.
-
-    (models/EAT_audio_classification.py:410-457)
-    """
+    (models/EAT_audio_classification.py:410-457)"""
     logits = logits.float()
     if config.loss != "ce":
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
@@ -254,11 +244,9 @@ def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tens
 
 def layer_decay_groups(model: AudioClassifier, config: FinetuneConfig) -> list[dict]:
     """Parameters grouped by peak learning rate: block i of L has lr * layer_decay^(L - i), all else lr.
-
     So the last block is below the head by one factor, and patch_embed, CLS token and norms are at the head's
     rate (models/EAT_audio_classification.py:290-344; not in the paper). A group's own floor is never above
-    its peak.
-    """
+    its peak."""
     groups, depth = {}, len(model.encoder.blocks)
     for name, p in model.named_parameters():
         block = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else depth
@@ -273,10 +261,8 @@ def train_step(
     parts: list[tuple[Tensor, Tensor]], step: int, config: FinetuneConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update; `model` is the classifier or the DistributedDataParallel around it.
-
     Returns loss and grad_norm. The loss is that of the whole batch, over its positive labels or its clips,
-    however many processes share it.
-    """
+    however many processes share it."""
     for group in optimizer.param_groups:
         group["lr"] = cosine_lr(step, group["peak_lr"], config.warmup, config.updates, group["min_lr"])
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -296,11 +282,9 @@ def train_step(
 
 def sampling_weights(targets: Tensor) -> Tensor:
     """How often each clip is drawn so that rare classes are heard: (n, C) -> (n,) float64.
-
     The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al.
     2021, github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are
-    understood to rest; its own file is not published.
-    """
+    understood to rest; its own file is not published."""
     clip, label = targets.nonzero().unbind(1)
     rarity = 1000 / (torch.bincount(label, minlength=targets.shape[1]) + 0.01).double()
     return torch.zeros(len(targets), dtype=torch.float64).index_add_(0, clip, rarity[label])
@@ -361,8 +345,8 @@ def train(config: FinetuneConfig) -> int:
     """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
     run = Run(config, growth_interval=16_384)
     (data, targets, classes), test, classifier = open_inputs(config, run.world)
-    weights = b"".join(p.detach().numpy().tobytes() for p in classifier.parameters())
-    digests = dict(init=weights, classes="\n".join(classes).encode(errors="surrogateescape"))
+    initial = b"".join(p.detach().numpy().tobytes() for p in classifier.parameters())
+    digests = dict(init=initial, classes="\n".join(classes).encode(errors="surrogateescape"))
     digests = {f"{name}_digest": hashlib.sha256(value).hexdigest() for name, value in digests.items()}
     digests |= dict(data_digest=data.digest(), eval_digest=test.data.digest())
     classifier.to(run.device).train()
@@ -371,8 +355,8 @@ def train(config: FinetuneConfig) -> int:
     optimizer = torch.optim.AdamW(groups, 0.0, betas, weight_decay=decay, fused=True)
 
     # Resume: weights and optimizer from the newest checkpoint, clips from its update on
-    parts = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
-    state = run.resume(parts, MAY_CHANGE, **digests)
+    saved = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
+    state = run.resume(saved, MAY_CHANGE, **digests)
     start, process = state["step"], (run.rank, run.world, config.accumulate)
     weights = sampling_weights(targets) if config.weighted else None
     sampler = ClipSampler(
@@ -394,16 +378,16 @@ def train(config: FinetuneConfig) -> int:
             run.plain["best"] = dict(step=step, score=scores[config.metric])
             run.save("best.pt", step, classifier=classifier)
 
-    # Clips between evaluations: those of an epoch, but of a tiny set more
+    # Clips between evaluations: an epoch or, if that is more, a twentieth of the run
     stretch = config.batch_size * config.eval_every
     stretch = stretch or max(sampler.epoch_items, config.batch_size * config.updates // 20)
     head, best = classifier.head_settings, state.get("best", dict(step=0, score=-1.0))
     for step in run.steps(start, network=asdict(classifier.config), head=head, best=best):
         if step and step * config.batch_size % stretch < config.batch_size:
             evaluate(step)
-        micro = draw_parts(batches, sampler, targets, config, step, run.device)
+        parts = draw_parts(batches, sampler, targets, config, step, run.device)
         torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))  # now: loaders draw, too
-        out = train_step(model, optimizer, run.scaler, micro, step, config, run.amp)
+        out = train_step(model, optimizer, run.scaler, parts, step, config, run.amp)
         run.history.append(out)
         step += 1  # from here on: completed updates
         if step == 1 or step % config.log_every == 0 or step == config.updates:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 FLEXIBLE_BLOCKS = ((6, 4), (5, 5), (8, 3))  # (time, freq); released code: utils/data_utils.py:234-274
-FLEXIBLE_ANCHOR = (2, 2)  # there every shape starts 2 patches before its centre, whatever its size
+FLEXIBLE_ANCHOR = (2, 2)  # there every shape, whatever its size, starts 2 patches before its centre
 
 
 def count_visible(n_patches: int, mask_ratio: float) -> int:
@@ -84,10 +84,8 @@ def flexible_block_mask(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Inverse block masks with a block shape drawn for each clip: (n * clones, H*W) bool, clone-minor rows.
-
     The last row of the paper's Table 3; released code: the option `flexible_mask`, off in its recipes.
-    Raises ValueError as `inverse_block_mask` does.
-    """
+    Raises ValueError as `inverse_block_mask` does."""
     shapes = [
         inverse_block_mask(n * clones, grid, mask_ratio, block, adjust, generator, device, FLEXIBLE_ANCHOR)
         for block in FLEXIBLE_BLOCKS
@@ -99,9 +97,7 @@ def flexible_block_mask(
 
 def visible_ids(mask: Tensor, n_visible: int) -> Tensor:
     """Column numbers of the visible patches, ascending: (n, N) bool -> (n, V).
-
-    V is passed in rather than counted, so that a GPU need not tell the CPU what it drew.
-    """
+    V is passed in rather than counted, so that a GPU need not tell the CPU what it drew."""
     return mask.byte().argsort(dim=1, stable=True)[:, :n_visible]
 
 

@@ -24,6 +24,7 @@ Rows of a (B*C, ...) tensor are clone-minor: row b * C + c is copy c of clip b.
 """
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -65,10 +66,11 @@ class ModelConfig:
         for holds, rule in (
             (P <= self.clip_frames < P * (MAX_PATCH_ROWS + 1), f"{P} to {P * MAX_PATCH_ROWS} clip_frames"),
             (all(type(n) is int and 0 < n <= 2**14 for n in sizes) and self.depth <= 256, "sizes that fit"),
-            (self.width % max(1, self.heads) == 0 == self.width % 4, "a width that divides by heads and 4"),
+            (self.width % max(1, self.heads) == self.width % 4 == 0, "a width that divides by heads and 4"),
             (self.width % max(1, self.decoder_groups) == 0, "a width that divides by decoder_groups"),
             (self.mel_bins % P == 0 and self.mel_bins <= 32 * P, f"mel bins in at most 32 patches of {P}"),
-            (0 <= self.drop_path < 1 == self.decoder_kernel % 2, "drop_path below 1, an odd decoder_kernel"),
+            (self.decoder_kernel % 2 == 1, "an odd decoder_kernel"),
+            (0 <= self.drop_path < 1, "a drop_path from 0 to below 1"),
             (abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf, "a finite mean and std"),
         ):
             if not holds:
@@ -93,10 +95,8 @@ MODELS = {
 
 def sincos_2d(rows: int, cols: int, width: int) -> Tensor:
     """Fixed positions of a rows x cols (time x frequency) grid, time-major: (rows * cols, width).
-
     Channels: [sin f | cos f | sin t | cos t], a quarter of the width each. The paper (Sec. 3.1) says 1-D
-    positions; the released weights were trained with these (models/images.py:109-125).
-    """
+    positions; the released weights were trained with these (models/images.py:109-125)."""
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float32) / (width // 4))  # (D/4,)
     t, f = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")           # (rows, cols)
     f_angle, t_angle = (axis.reshape(-1, 1) * omega for axis in (f, t))                    # (rows*cols, D/4)
@@ -104,7 +104,7 @@ def sincos_2d(rows: int, cols: int, width: int) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Returns the type of x, with statistics in fp32; autocast alone would make it, and all sums, fp32."""
+    """Returns the type of x, with statistics in fp32; under autocast alone, its output would be fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         affine = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
@@ -148,9 +148,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 class Block(nn.Module):
     """Post-norm transformer block: each residual sum is normalised (models/modules.py:259-324).
-
-    Returns the new tokens and the bare output of the feed-forward network, of which the targets are made.
-    """
+    Returns the new tokens and the bare output of the feed-forward network, of which the targets are made."""
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
         super().__init__()
@@ -195,7 +193,6 @@ class Encoder(nn.Module):
 
     def embed(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Patches with positions, the visible ones if ids_keep (B*C, V) is given, behind the CLS token.
-
         (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D). Each clip is cut into patches once, whatever C is;
         frames that do not fill one are left out. Raises ValueError for another shape, or for too many frames.
         """
@@ -231,9 +228,7 @@ class Encoder(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, teacher: bool = False) -> "Encoder":
         """The encoder of any checkpoint that read_pretrained knows, in eval mode. Raises CheckpointError.
-
-        Of a pre-training run it is the student, as the released code uses it, or with `teacher` its EMA.
-        """
+        Of a pre-training run it is the student, as the released code uses it, or with `teacher` its EMA."""
         state = read_pretrained(path)
         if teacher and not state.get("teacher"):
             raise CheckpointError(f"{path} has no teacher: it is not a pre-training checkpoint")
@@ -246,12 +241,10 @@ class Encoder(nn.Module):
 
 def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
     """Average blocks' outputs into targets: L x (B, N, D) -> (B, N, D), fp32 (EAT_pretraining.py:785-828).
-
     Each block is first normalised per clip and channel over its patches, so that no block dominates and no
     constant offset can be predicted; the average is then normalised over channels. The paper (Sec. 3.2) says
     "outputs of all layers"; in the released code they are those of the feed-forward networks, before residual
-    and norm.
-    """
+    and norm."""
     normed = [F.instance_norm(y.float().transpose(1, 2)) for y in ffn_outputs]  # L x (B, D, N)
     mean = (sum(normed) / len(normed)).transpose(1, 2)                          # (B, N, D)
     return F.layer_norm(mean, mean.shape[2:])
@@ -259,7 +252,6 @@ def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
 
 class Decoder(nn.Module):
     """CNN that predicts every patch from the visible ones (paper Sec. 3.3; models/modules.py:182-230).
-
     Released code beyond the paper: grouped convolutions, a residual around each layer, norms without affine,
     a final linear layer, and small noise instead of a learned mask token; positions are implied by the grid.
     """
@@ -287,10 +279,8 @@ class Decoder(nn.Module):
 
 def ufo_loss(pred: Tensor, cls: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Utterance-frame objective (paper Sec. 3.2): (MSE_frame, MSE_utterance), fp32 scalars.
-
     pred (B*C, N, D) against targets (B, N, D) at the masked patches of mask (B*C, N); cls (B*C, D) against
-    the clip's mean target. The targets are broadcast over the clones, not copied.
-    """
+    the clip's mean target. The targets are broadcast over the clones, not copied."""
     B, N, D = targets.shape
     pred = pred.float().view(B, -1, N, D)                                                  # (B, C, N, D)
     frame = F.mse_loss(pred, targets[:, None].expand_as(pred), reduction="none").mean(-1)  # (B, C, N)
@@ -317,8 +307,7 @@ class EAT(nn.Module):
 
         loss = sqrt(D) * (MSE_frame + utterance_weight * MSE_utterance). The released code sums the utterance
         term over the rows of one GPU (EAT_pretraining.py:760-776), so that its lambda = 1 is a weight of 12
-        clips * 16 clones; written with means, the weight does not depend on how a batch is divided.
-        """
+        clips * 16 clones; written with means, the weight does not depend on how a batch is divided."""
         tokens = self.encoder(spec, ids_keep)                                                 # (B*C, 1+V, D)
         pred = self.decoder(tokens[:, 1:], ids_keep, noise, self.config.grid(spec.shape[2]))  # (B*C, N, D)
         mse_frame, mse_utterance = ufo_loss(pred, tokens[:, 0], targets, mask)
@@ -341,11 +330,9 @@ class EAT(nn.Module):
 
 class AudioClassifier(nn.Module):
     """Encoder, LayerNorm and a linear head (paper Sec. 3.4; models/EAT_audio_classification.py:365-457).
-
     classes: what a manifest calls each class -> its name for people, in the order of the outputs.
     pooling: "cls" (the paper's choice) or "mean" of the patches.
-    exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each.
-    """
+    exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each."""
 
     def __init__(
         self, config: ModelConfig, classes: dict[str, str], pooling: str = "cls", exclusive: bool = False,
@@ -408,7 +395,8 @@ def save_checkpoint(path: Path, **state) -> None:
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike) -> Iterator[None]:
-    """What a damaged or foreign file makes Python raise, as a CheckpointError. OSError stays: no damage."""
+    """Inside, what a damaged or foreign file makes Python raise becomes a CheckpointError of one line.
+    What keeps a file from being read now, as memory or a permission, is no damage: an OSError stays one."""
     try:
         yield
     except Exception as error:  # whatever zipfile, pickle and torch make of a stranger's bytes
@@ -417,18 +405,17 @@ def refusing(path: str | os.PathLike) -> Iterator[None]:
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {code[1] if code else 'more than tensors'}, which may be malicious"
         if isinstance(error, MemoryError) or "allocate memory" in reason:
-            error = OSError(12, "not enough memory", str(path))
-        if isinstance(error, CheckpointError) or getattr(error, "errno", 2) not in (2, 22):  # a wrong offset
+            error = OSError(errno.ENOMEM, "not enough memory", str(path))
+        of_damage = (errno.ENOENT, errno.EINVAL)  # which wrong offsets in a file lead to
+        if isinstance(error, CheckpointError) or getattr(error, "errno", of_damage[0]) not in of_damage:
             raise error from None
         raise CheckpointError(f"{path} is not a checkpoint of this model: {reason}") from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a file of tensors and plain values, on the CPU, without running anything in it.
-
     Raises CheckpointError if it is missing, damaged or holds more. torch.load compares no checksums: zipfile
-    does. Raises OSError if it cannot be read now, which says nothing of what it holds.
-    """
+    does. Raises OSError if it cannot be read now, which says nothing of what it holds."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
     with refusing(path):
@@ -456,17 +443,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_pretrained(path: str | os.PathLike) -> dict:
     """What a checkpoint holds: `network`, `student` and `teacher` or `classifier` and `head`; and its `path`.
-
     A run folder (its best.pt or else last.pt) or a .pt file; extras/released.py reads what is not of this
-    project: released fairseq files and Hugging Face folders. Raises CheckpointError.
-    """
-    inside = (os.path.join(path, name) for name in ("best.pt", "last.pt"))
-    path, state = next(filter(os.path.isfile, inside), os.fspath(path)), {}
+    project: released fairseq files and Hugging Face folders. Raises CheckpointError."""
+    candidates = [os.path.join(path, name) for name in ("best.pt", "last.pt")]
+    path = next(filter(os.path.isfile, candidates), os.fspath(path))
+    state = {}
     if os.path.isfile(path):
         try:
             state = load_checkpoint(path)
         except CheckpointError as error:
-            if "malicious" not in str(error):  # settings in released files hold more than plain values
+            if "malicious" not in str(error):  # as of released files, whose settings are pickled objects
                 raise
     if "network" not in state:
         reader = Path(__file__).resolve().parent / "extras" / "released.py"

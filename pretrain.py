@@ -129,7 +129,7 @@ PRESETS = {
 
 LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_step returns
 SHOWN = "step loss lr clips_per_s minutes_left probe_linear probe_knn mAP accuracy".split()  # on the console
-# What may change when a run goes on; all else makes it another experiment. Of `data`, only its place
+# What may change when a run goes on; all else makes it another experiment. Of `data` the digest may not
 MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every save_minutes max_bad_fraction
     max_skipped stop_on_collapse timeout probe_train probe_test probe_every""".split()
 
@@ -195,8 +195,8 @@ def train_step(
     parts: Iterable[tuple[Tensor, Tensor, Tensor]], step: int, config: PretrainConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of student and teacher; `model` is the student EAT or the DistributedDataParallel around it.
-    Returns loss, loss_frame, loss_utterance (means over the parts), grad_norm (before clipping), and of the
-    last part pred, targets and mask. Nothing here waits for the GPU."""
+    Returns loss, loss_frame, loss_utterance (means over the parts: all masks hide equally many patches),
+    grad_norm (before clipping), and of the last part pred, targets, mask. Nothing here waits for the GPU."""
     student = getattr(model, "module", model)
     optimizer.param_groups[0]["lr"] = cosine_lr(step, config.lr, config.warmup, config.updates, config.min_lr)
     losses, share = 0.0, 1 / config.accumulate
@@ -207,7 +207,7 @@ def train_step(
                     targets = make_targets(teacher.ffn_outputs(spec)[-config.target_layers :])  # (B, N, D)
                 ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))   # (B*C, V)
                 out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
-            scaler.scale(out["loss"] / config.accumulate).backward()
+            scaler.scale(share * out["loss"]).backward()
         losses += share * torch.stack([out["loss"].detach(), out["loss_frame"], out["loss_utterance"]])
     grad_norm = descend(optimizer, scaler, student, config.clip_norm)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
@@ -220,7 +220,7 @@ def train_step(
 def open_inputs(config: PretrainConfig) -> tuple[AudioDataset, list[Labelled], EAT, Encoder]:
     """Check the settings against one another, and open what they name: data, probe sets, student, teacher."""
     try:
-        draw_masks(dataclasses.replace(config, batch_size=1, clones=1), 0, torch.device("cpu"))
+        draw_masks(dataclasses.replace(config, batch_size=1, clones=1), 0, torch.device("cpu"))  # may raise
         torch.manual_seed(config.seed)
         student = EAT(config.network)
     except ValueError as error:
@@ -250,8 +250,8 @@ def train(config: PretrainConfig) -> int:
     optimizer = torch.optim.AdamW(student.parameters(), 0.0, betas, weight_decay=decay, fused=True)
 
     # Resume: weights and optimizer from the newest checkpoint, clips from its update on
-    parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
-    start = run.resume(parts, MAY_CHANGE, data_digest=data.digest())["step"]
+    saved = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
+    start = run.resume(saved, MAY_CHANGE, data_digest=data.digest())["step"]
     place = (run.rank, run.world, config.accumulate)
     sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *place)
     run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces")
@@ -270,8 +270,8 @@ def train(config: PretrainConfig) -> int:
     for step in run.steps(start, network=asdict(config.network)):
         if step == 0 or (config.probe_every and step % config.probe_every == 0):
             run_probe(step)
-        micro = draw_parts(batches, sampler, config, step, run.device)
-        out = train_step(model, teacher, optimizer, run.scaler, micro, step, config, run.amp)
+        parts = draw_parts(batches, sampler, config, step, run.device)
+        out = train_step(model, teacher, optimizer, run.scaler, parts, step, config, run.amp)
         run.history.append({name: out[name] for name in LOGGED})
         step += 1  # from here on: completed updates
         if step == 1 or step % config.log_every == 0 or step == config.updates:
@@ -307,10 +307,10 @@ def descend(
 
 
 def trim_log(path: Path, start: int) -> None:
-    """Drop the log lines that will be written again, and what was half-written when the run was killed."""
+    """Drop what was half-written, and what comes again: losses after update `start`, scores from it on."""
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     records = [(line, json.loads(line)) for line in lines if line.endswith("}") and line.rfind("{") == 0]
-    write_lines(path, [line for line, r in records if r["step"] < start + ("loss" in r)])  # scores come later
+    write_lines(path, [line for line, r in records if r["step"] < start + ("loss" in r)])
 
 
 class Run:
@@ -327,7 +327,7 @@ class Run:
         self.precision, self.amp = pick_precision(config.amp, self.device)
         scaling = dict(growth_interval=growth_interval, enabled=self.precision == "fp16")
         self.scaler = torch.amp.GradScaler(self.device.type, 2.0**7, **scaling)  # as released
-        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # fails before who waits
+        self.loading = dict(workers=config.workers, timeout=0.9 * 60 * config.timeout)  # s; before others do
         self.status, self.reason = 0, ""  # exit status, above 0 to stop; and why
         self.history, self.n_skipped, self.n_read, self.n_bad, self.bad = [], 0, 0, 0, set()
         self.begun, self.seconds, self.waited, self.saved = 0.0, 0.0, 0.0, time.monotonic()
@@ -348,7 +348,7 @@ class Run:
             more = f"; to train on, --init {self.out_dir}" if "updates" in changed else ""
             raise InputError(f"{self.out_dir} holds a run with other settings ({diff}): choose another{more}")
         with refusing(path):
-            for name, part in parts.items() if path else ():
+            for name, part in parts.items() if path else ():  # a new run loads nothing
                 part.load_state_dict(state[name])
         if self.rank == 0:
             write_lines(self.out_dir / "config.json", [json.dumps(settings, indent=1)])
@@ -387,12 +387,12 @@ class Run:
             yield batch
 
     def steps(self, start: int, **plain) -> Iterator[int]:
-        """The number of completed updates, from `start` on; the body of the loop makes one more. After it all
-        processes agree whether to stop; it is saved, with the values `plain`, if that is due."""
+        """Yields the number of completed updates, from `start` on; the loop's body makes the next. Then all
+        processes agree whether to stop, and a checkpoint, with the values `plain` too, is written if due."""
 
         def on_signal(number: int, _) -> None:
             signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
-            self.status = 128 + number
+            self.status = 128 + number  # as in shells; above 128 the run is saved first
             self.reason = f"stopped by {signal.Signals(number).name}; the same command goes on"
 
         self.plain, updates, save_every = plain, self.config.updates, self.config.save_every
@@ -400,7 +400,7 @@ class Run:
             trim_log(self.out_dir / "log.jsonl", start)
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = {number: signal.signal(number, on_signal) for number in signals}
-        agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: unless on a terminal
+        agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: off without a terminal
         for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
             begin = time.perf_counter()
             yield step
