@@ -170,9 +170,9 @@ def read_pieces(
         skipped = at * rate // SAMPLE_RATE
         if skipped >= file.frames > 0:
             return
-        near = max(0, file.frames - 10 * rate) if file.subtype == "VORBIS" else skipped  # its end is hit badly
+        near = max(0, file.frames - 10 * rate) if file.subtype == "VORBIS" else skipped
         if rest := skipped - (file.seek(min(near, skipped)) if file.seekable() else 0):
-            file.read(rest)
+            file.read(rest)  # a seek into the last page of Vorbis misses
         while True:
             end = math.ceil((start + width + margin) * rate / SAMPLE_RATE)
             n_missing = min(end, file.frames) - at * rate // SAMPLE_RATE - len(buffer)
