@@ -93,10 +93,11 @@ def train(settings: dict, seed: int, audio: Path, out_dir: Path) -> None:
 def probes(encoder: Encoder, audio: Path) -> dict[str, dict[str, float]]:
     """Accuracy of probes of an encoder on each task: of CLS token and mean patch, and of either alone."""
     config, cpu, found = encoder.config, torch.device("cpu"), {}
+    see = pooled(encoder, "cls_mean", config.depth)
     for task in TASKS:
         train = open_labelled(str(audio / f"{task}_train.tsv"), config.clip_frames)
         test = open_labelled(str(audio / f"{task}_test.tsv"), config.clip_frames, train.classes)
-        x, x_test = (predict(pooled(encoder), some.data, config, cpu) for some in (train, test))
+        x, x_test = (predict(see, some.data, config, cpu) for some in (train, test))
         y, y_test = train.targets[x.items], test.targets[x_test.items]
         x, x_test, width = x.values, x_test.values, config.width  # (n, 2D): CLS, mean
         scores = {
@@ -144,7 +145,7 @@ def finetuned(pooling: str, seed: int, audio: Path, runs: Path) -> float:
     out_dir = runs / f"mandarin-{pooling}-seed{seed}"
     flags = dict(
         data=audio / "mandarin_train.tsv", eval_data=audio / "mandarin_test.tsv", pooling=pooling,
-        init=runs / name_of(SHORT, seed), seed=seed, out_dir=out_dir,
+        init=runs / name_of(SHORT, seed), seed=seed, out_dir=out_dir, clip_frames=64, updates=400,
     )  # fmt: skip
 
     def make():
