@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests", "extras")]
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402

@@ -215,7 +215,7 @@ def test_commands_of_prepare_run(tmp_path, script):
     os.symlink(ROOT / "extras" / "demo" / "prompts", tmp_path / "my_audio")
     (tmp_path / "sorted").mkdir()
     for part in ("train", "test"):
-        os.symlink(ROOT / "extras" / "demo" / "words", tmp_path / "sorted" / part)
+        os.symlink(ROOT / "extras" / "demo" / "syllables", tmp_path / "sorted" / part)
     lines, sets = commands("extras/prepare.py"), {"esc50", "speechcommands", "audioset", "released"}
     assert {words[0] for words in lines} == {"scan", "stats", "pack"} | sets
     for words in lines:
