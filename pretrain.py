@@ -264,7 +264,7 @@ def train(config: PretrainConfig) -> int:
 
     def run_probe(step: int) -> None:
         if probe_sets:
-            function = pooled(student.encoder)
+            function = pooled(student.encoder, "cls_mean", student.config.depth)  # in these training shows most
             run.log(step=step, **probe(function, config.network, *probe_sets, run.device, **run.loading))
 
     for step in run.steps(start, network=asdict(config.network)):
