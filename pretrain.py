@@ -1,6 +1,6 @@
 """Pre-train EAT (paper, Sec. 3): a teacher sees clips; a student sees masked copies and predicts the teacher.
 
-    python pretrain.py --preset demo                             laptop, embedded audio, about 3 minutes
+    python pretrain.py --preset demo                             laptop, embedded audio, 3 to 6 minutes
     python pretrain.py --data train.tsv --accumulate 4           one GPU, the paper's 48 clips in 4 parts
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv     the paper's setup
 
@@ -264,7 +264,7 @@ def train(config: PretrainConfig) -> int:
 
     def run_probe(step: int) -> None:
         if probe_sets:
-            function = pooled(student.encoder, "cls_mean", student.config.depth)  # in these training shows most
+            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where training shows most
             run.log(step=step, **probe(function, config.network, *probe_sets, run.device, **run.loading))
 
     for step in run.steps(start, network=asdict(config.network)):
