@@ -130,9 +130,9 @@ def open_audio(path: str | os.PathLike) -> Iterator:
         raise
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
         reason = getattr(error, "error_string", first_line(error))  # without the name, as bytes
-        if "File does not exist" in reason or os.path.isfile(path) and not os.path.getsize(path):  # empty mp3
-            reason = "it is empty"
-        elif "not recognised" in reason or "unsupported" in reason:
+        with contextlib.suppress(OSError):  # it may be gone by now
+            reason = reason if os.path.getsize(path) else "it is empty"
+        if "not recognised" in reason or "unsupported" in reason:
             reason = "no audio that libsndfile reads (m4a, aac, wma, webm: convert with ffmpeg)"
         raise InputError(f"unreadable: {reason}") from None
 
