@@ -377,7 +377,7 @@ def open_labelled(
     allow_silence: bool = True,
 ) -> Labelled:  # fmt: skip
     """Open a labelled manifest; without `classes`, they are the labels found, sorted. Raises InputError."""
-    data = AudioDataset(source, n_frames, min_samples, False, allow_silence).checked()
+    data = AudioDataset(source, n_frames, min_samples, False, allow_silence=allow_silence).checked()
     labels = [data.labels(item) for item in range(len(data))]
     classes = classes or {label: label for label in sorted(set(itertools.chain(*labels)))}
     index = {label: i for i, label in enumerate(classes)}

@@ -312,8 +312,8 @@ def sounding(spec: Tensor) -> Tensor:
 
 
 def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]:
-    """The tokens (B, 1+N, D) after a block: from 1 on; 0 is at 7/12 of the depth, where tokens know more of
-    labels than at its end (extras/runs/laptop/README.md). Raises InputError if there is no such block."""
+    """The tokens (B, 1+N, D) after a block: from 1 on; 0 is at 7/12 of the depth, reported as the best of the
+    published weights (see extras/runs/laptop/README.md). Raises InputError if there is no such block."""
     if not 0 <= block <= encoder.config.depth:
         raise InputError(f"there is no block {block}: the encoder has {encoder.config.depth}")
 
@@ -452,6 +452,7 @@ def write_classes(path: Path, model: AudioClassifier, counts: Tensor, precision:
 
 
 def main() -> int:
+    """Do what the command line says; returns the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")

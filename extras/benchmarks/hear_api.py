@@ -3,8 +3,8 @@
     cd extras/benchmarks && python -m heareval.embeddings.runner hear_api --model CKPT --tasks-dir TASKS
 
 CKPT is what model.read_pretrained knows, the published base weights by default. A frame has, for 160 ms, the
-tokens of its 8 bands, one behind the other, and the CLS token of its piece of --clip_frames; from seven
-twelfths of the depth, which know more about labels than the last block (extras/runs/laptop/README.md).
+tokens of its 8 bands, one behind the other, and the CLS token of its piece of --clip_frames; of the
+block at 7/12 of the depth, reported as the best of the published weights (extras/runs/laptop/README.md).
 """
 
 import sys
