@@ -46,6 +46,7 @@ LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
+STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # at these a run is saved before it ends
 LOUDEST = 64.0  # float files may exceed full scale, 1, but not by this much
 SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
 AUDIO_SUFFIXES = set(""".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64
@@ -131,9 +132,10 @@ def open_audio(path: str | os.PathLike) -> Iterator:
     except Exception as error:  # whatever libsndfile and its wrapper make of a damaged file
         reason = getattr(error, "error_string", first_line(error))  # without the name, as bytes
         with contextlib.suppress(OSError):  # it may be gone by now
-            reason = reason if os.path.getsize(path) else "it is empty"
-        if "not recognised" in reason or "unsupported" in reason:
-            reason = "no audio that libsndfile reads (m4a, aac, wma, webm: convert with ffmpeg)"
+            if not os.path.getsize(path):
+                reason = "it is empty"
+            elif any(text in reason for text in ("not recognised", "unsupported", "not exist")):
+                reason = "no audio that libsndfile reads (m4a, aac, wma, webm: convert with ffmpeg)"
         raise InputError(f"unreadable: {reason}") from None
 
 
@@ -248,12 +250,11 @@ class Manifest:
         root, _, text = text.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
         self.root = os.path.join(os.path.dirname(path), os.fsdecode(root.rstrip(b"\r")))
         begins, counts, at = array("q"), array("q"), 0
-        for number, line in enumerate(text.split(b"\n"), start=2):
+        for row, line in enumerate(text.split(b"\n"), start=2):
             if line.strip():
                 n_samples = (line.split(b"\t") + [b""])[1].rstrip()
                 if not n_samples.isdigit() or len(n_samples) > 10 or int(n_samples) >= MAX_SAMPLES:
-                    wanted = "path<TAB>n_samples[<TAB>label,label]"
-                    raise InputError(f"{path}, line {number}: expected {wanted}, found {line[:80]!r}")
+                    raise InputError(f"{path}, line {row}: not path<TAB>n_samples[<TAB>labels]: {line[:80]}")
                 begins.append(at)
                 counts.append(int(n_samples))
             at += len(line) + 1
@@ -464,7 +465,9 @@ def build_loader(
     if workers:
         options |= dict(num_workers=min(workers, max(1, cores)), prefetch_factor=4, timeout=min(timeout, 1e6))
     options |= dict(batch_sampler=batches, worker_init_fn=_behave, collate_fn=collate_fn)
-    loader = iter(DataLoader(data, **options))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    loader = iter(DataLoader(data, **options))  # inherits it: a signal to all must not end it before the run
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def fetch() -> Batch | None:
         timer = threading.Timer(min(1.05 * timeout, 1e6), _end_loaders)  # torch waits on for a stopped one
@@ -481,9 +484,6 @@ def build_loader(
 
 
 def _behave(_: int) -> None:
-    """Loaders end with their parent; a signal to the whole group must not end them before it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # /dev/shm is full
     silence_libraries()
 
@@ -495,6 +495,6 @@ def silence_libraries() -> None:
 
 
 def _end_loaders() -> None:
-    """At exit: Python would wait for loaders that an exception kept alive, and they ignore SIGTERM."""
+    """At exit: Python would wait for loaders that an exception kept alive, and they block SIGTERM."""
     for child in (child for child in multiprocessing.active_children() if child.daemon):
         child.kill()

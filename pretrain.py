@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    AudioDataset, Batch, ClipSampler, InputError, Labelled, build_loader, first_line, open_labelled,
+    STOPPING, AudioDataset, Batch, ClipSampler, InputError, Labelled, build_loader, first_line, open_labelled,
     read_lines, seed_of, spectrogram, write_lines,
 )  # fmt: skip
 from evaluate import (
@@ -398,8 +398,7 @@ class Run:
         self.plain, updates, save_every = plain, self.config.updates, self.config.save_every
         if self.rank == 0:
             trim_log(self.out_dir / "log.jsonl", start)
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, on_signal) for number in signals}
+        before = {number: signal.signal(number, on_signal) for number in STOPPING}
         agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: off without a terminal
         for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
             begin = time.perf_counter()

@@ -449,6 +449,18 @@ def test_a_loader_stopped_with_batches_on_offer_is_ended(folder):
     assert time.monotonic() - start < 15 and not command_line(loader.pid)
 
 
+def test_a_signal_to_loaders_that_have_just_started_does_not_end_them(folder):
+    """A signal to the whole group may come at any time, in an evaluation that starts its loaders too."""
+    for _ in range(5):
+        batches = build_loader(AudioDataset(folder / "manifest.tsv"), [[i] for i in range(4)], 2)
+        for loader in multiprocessing.active_children():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(loader.pid, number)
+        assert [batch.items for batch in batches] == [[0], [1], [2], [3]]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # the run itself hears it
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
