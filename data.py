@@ -41,8 +41,7 @@ SAMPLE_RATE = 16_000
 FRAME_LENGTH, FRAME_SHIFT = 400, 160  # 25 ms, 10 ms
 FFT_SIZE, MEL_BINS = 512, 128
 MEL_LOW, MEL_HIGH = 20.0, SAMPLE_RATE / 2
-PREEMPHASIS = 0.97
-LOG_FLOOR = torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
+PREEMPHASIS, LOG_FLOOR = 0.97, torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
@@ -461,13 +460,14 @@ def build_loader(
     after `timeout` seconds without a batch, or when a process has died."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     atexit.register(_end_loaders), atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
-    collate_fn = options.pop("collate_fn", None) or functools.partial(collate, n_frames=data.n_frames)
+    options["collate_fn"] = options.get("collate_fn") or functools.partial(collate, n_frames=data.n_frames)
     if workers:
         options |= dict(num_workers=min(workers, max(1, cores)), prefetch_factor=4, timeout=min(timeout, 1e6))
-    options |= dict(batch_sampler=batches, worker_init_fn=_behave, collate_fn=collate_fn)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    loader = iter(DataLoader(data, **options))  # inherits it: a signal to all must not end it before the run
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # inherited by the processes:
+    try:  # a signal to the whole group must not end them before the run has saved
+        loader = iter(DataLoader(data, batch_sampler=batches, worker_init_fn=_behave, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def fetch() -> Batch | None:
         timer = threading.Timer(min(1.05 * timeout, 1e6), _end_loaders)  # torch waits on for a stopped one

@@ -457,8 +457,10 @@ def test_a_signal_to_loaders_that_have_just_started_does_not_end_them(folder):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 os.kill(loader.pid, number)
         assert [batch.items for batch in batches] == [[0], [1], [2], [3]]
+    with pytest.raises(ValueError):
+        build_loader(AudioDataset(folder / "manifest.tsv"), [[0]], 0, prefetch_factor=2)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # the run itself hears it
+        signal.raise_signal(signal.SIGINT)  # the run itself hears it, whatever became of its loaders
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
