@@ -20,6 +20,8 @@ import pretrain
 from evaluate import parse_config, run_script
 from model import MODELS, AudioClassifier, save_checkpoint
 
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of all scripts: the tensors are small
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -44,15 +46,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="session")
 def starter():
     """The process that starts scripts: see starter.py."""
     command = [sys.executable, str(ROOT / "tests" / "starter.py")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes) as process:
         yield process
         process.stdin.close()
 
@@ -64,7 +63,7 @@ def script(tmp_path, starter):
     def run(
         name: str, *args, processes: int = 1, check: bool = True, **environment
     ) -> subprocess.CompletedProcess:
-        env = ENVIRONMENT | environment
+        env = os.environ | environment
         command = [str(ROOT / name), *map(str, args)]
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ENVIRONMENT, ROOT, tone
+from conftest import ROOT, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretrain import SHORT, losses, our_lines, read_log
@@ -76,7 +76,7 @@ class Job:
         torchrun += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), ROOT / program, *args]
         self.output, self.processes = open(folder / "output.txt", "a+"), processes
-        options = dict(cwd=folder, env=ENVIRONMENT, stdout=self.output, stderr=subprocess.STDOUT)
+        options = dict(cwd=folder, stdout=self.output, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(list(map(str, command)), start_new_session=True, **options)
 
     def ranks(self) -> list[int]:
@@ -160,7 +160,7 @@ def uncut(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=LONG)])
 def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
     """SIGKILL to a random rank or to all processes, at a random update or while starting; every time with
     another number of loader processes, in mid-epoch, between two checkpoints."""
@@ -175,7 +175,7 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
         else:
             assert job.wait_for(lambda step=step: last_step(cut) >= step)
         ranks = job.ranks()
-        if kill % 3 == 2 or not ranks:
+        if kill % 3 == 1 or not ranks:
             job.kill()
         else:
             os.kill(rng.choice(ranks), signal.SIGKILL)
@@ -311,9 +311,9 @@ def test_two_nodes_go_on_when_one_is_lost(tmp_path, train, killed):
 
 
 def test_torchrun_restarts_the_job_by_itself(tmp_path, uncut):
-    updates = 4 * GAP
+    updates = 3 * GAP
     job = Job(tmp_path, *RUN, "--updates", updates, "--save_every", 5, "--out_dir", "cut", restarts=2)
-    for rank, step in enumerate((20, 60)):
+    for rank, step in enumerate((20, 50)):
         assert job.wait_for(lambda step=step: last_step(tmp_path / "cut") >= step)
         os.kill(job.ranks()[rank], signal.SIGKILL)
     assert job.wait() == 0
@@ -383,10 +383,10 @@ def test_a_full_shared_memory_ends_each_script_at_once(classifier):
         pytest.skip("needs unshare, and to be permitted to use it")
     commands = [command_of(name, classifier, "--timeout", 0.3) for name in LOADING]
     requests = [dict(argv=command, out=f"out {i}", err=f"err {i}") for i, command in enumerate(commands)]
-    lines = [json.dumps(dict(cwd=str(classifier), env=ENVIRONMENT) | request) for request in requests]
+    lines = [json.dumps(dict(cwd=str(classifier), env=dict(os.environ)) | request) for request in requests]
     run = dict(input="\n".join(lines), stdout=subprocess.PIPE, text=True, start_new_session=True)
     start = [*with_little, sys.executable, str(ROOT / "tests" / "starter.py")]
-    done = subprocess.run(start, cwd=classifier, env=ENVIRONMENT, timeout=120, **run)
+    done = subprocess.run(start, cwd=classifier, timeout=120, **run)
     assert done.stdout.split() == ["1"] * len(LOADING)
     for i, request in enumerate(requests):
         said, program = (classifier / f"err {i}").read_text(), Path(request["argv"][0]).name
@@ -459,8 +459,10 @@ def test_a_signal_to_loaders_that_have_just_started_does_not_end_them(folder):
         assert [batch.items for batch in batches] == [[0], [1], [2], [3]]
     with pytest.raises(ValueError):
         build_loader(AudioDataset(folder / "manifest.tsv"), [[0]], 0, prefetch_factor=2)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # the run itself hears it, whatever became of its loaders
+    heard, before = [], signal.signal(signal.SIGUSR1, lambda *_: heard.append(True))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert heard  # by the run itself, whatever became of its loaders
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------

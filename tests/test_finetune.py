@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ENVIRONMENT, NEEDS_GPU, ROOT, tone
+from conftest import NEEDS_GPU, ROOT, tone
 from test_checkpoints import Attack, export, golden  # noqa: F401  (a fixture)
 from test_faults import LONG, Job
 from test_parity import GOLDEN, assert_near, our_name
@@ -405,7 +405,7 @@ def test_a_signal_to_all_processes_of_an_evaluating_run_saves(folder, tune, caps
     for delay in delays:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "finetune.py"), *map(str, args)], cwd=folder, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         while not (line := process.stdout.readline()).startswith("step"):
             assert line, process.stderr.read()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import ENVIRONMENT, ROOT, tone
+from conftest import ROOT, tone
 from test_parity import GOLDEN
 
 import listen
@@ -88,7 +89,7 @@ for name in {names!r}:
     except CheckpointError as error:
         print(error)
 """)
-    environment = ENVIRONMENT | dict(PYTHONPATH=str(ROOT)) | environment
+    environment = os.environ | dict(PYTHONPATH=str(ROOT)) | environment
     run = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     return subprocess.run([sys.executable, "ask.py"], **run).stdout.splitlines()
 
