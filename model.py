@@ -472,6 +472,8 @@ def rebuild(cls: type[nn.Module], state: dict, part: str, prefix: str = "") -> n
             raise ValueError("its tensors are not as wide as it claims")
         with torch.device("meta"):  # claimed sizes take no memory before tensors confirm them
             model = cls(config, **settings)
+        half = torch.float16, torch.bfloat16
+        weights = {name: w.float() if w.dtype in half else w for name, w in weights.items()}
         model.load_state_dict(weights, assign=True)
         if not all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters()):
             raise ValueError("its weights are not finite: its training has diverged")
