@@ -117,10 +117,10 @@ PRESETS = {
     ),
     "demo": dict(
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune",
-        model="demo", init="runs/demo", clip_frames=64, min_samples=1600, weighted=False, loss="ce",
-        metric="accuracy", label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1, specaug_time=0.1,
-        layer_decay=0.9, batch_size=32, updates=400, warmup=40, lr=1e-3, workers=1, log_every=50,
-        save_every=100, eval_every=100,
+        model="demo", init="runs/demo", clip_frames=128, min_samples=1600, weighted=False, loss="ce",
+        metric="accuracy", pooling="mean", label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1,
+        specaug_time=0.1, layer_decay=0.9, batch_size=16, updates=600, warmup=60, lr=1e-3, workers=1,
+        log_every=50, save_every=150, eval_every=150,
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Pre-train EAT (paper, Sec. 3): a teacher sees clips; a student sees masked copies and predicts the teacher.
 
-    python pretrain.py --preset demo                             laptop, embedded audio, 3 to 6 minutes
+    python pretrain.py --preset demo                             laptop, embedded words, 4 minutes
     python pretrain.py --data train.tsv --accumulate 4           one GPU, the paper's 48 clips in 4 parts
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv     the paper's setup
 
@@ -119,11 +119,11 @@ PRESETS = {
     "base": {},
     "large": dict(model="large", mask_ratio=0.75, mask_adjust=0.1, lr=4e-4, ema_anneal=150_000),
     "demo": dict(
-        data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=64, min_samples=1600,
-        mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0, ema_decay=0.99,
-        ema_decay_end=0.999, ema_anneal=600, batch_size=32, updates=600, lr=2e-3, warmup=100, workers=1,
-        log_every=50, save_every=100, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
-        probe_every=200,
+        data=str(DEMO / "pretrain.tsv"), out_dir="runs/demo", model="demo", clip_frames=128, min_samples=1600,
+        mask_block_time=2, mask_block_freq=2, clones=8, utterance_weight=1.0, ema_decay=0.996,
+        ema_decay_end=0.9995, ema_anneal=480, batch_size=16, updates=480, lr=2e-3, warmup=80, workers=1,
+        log_every=40, save_every=80, probe_train=str(DEMO / "train.tsv"), probe_test=str(DEMO / "test.tsv"),
+        probe_every=240,
     ),
 }  # fmt: skip
 

@@ -159,8 +159,8 @@ def test_what_is_not_given_fits_what_is():
     def parse(*argv):
         return parse_config(PretrainConfig, PRESETS, ["--preset", "demo", *argv])
 
-    usual, short = parse(), parse("--updates", "60")
-    assert (usual.warmup, usual.ema_anneal, short.warmup, short.ema_anneal) == (100, 600, 10, 60)
+    usual, short = parse(), parse("--updates", "48")
+    assert (usual.warmup, usual.ema_anneal, short.warmup, short.ema_anneal) == (80, 480, 8, 48)
     assert parse("--updates=60", "--warmup=7").warmup == 7
     assert parse("--updates", "1").ema_anneal == 1
     own = parse("--data", "mine.tsv")
@@ -219,7 +219,7 @@ def test_settings_that_cannot_work(change, message):
 def test_the_demo_preset_is_complete():
     config = dataclasses.replace(BASE, **PRESETS["demo"])
     data, probe_sets, student, teacher = open_inputs(config)
-    assert len(data) > 500 and [len(part.classes) for part in probe_sets] == [15, 15]
+    assert len(data) > 500 and [len(part.classes) for part in probe_sets] == [10, 10]
     assert student.config == config.network == teacher.config
 
 

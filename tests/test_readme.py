@@ -215,7 +215,7 @@ def test_commands_of_prepare_run(tmp_path, script):
     os.symlink(ROOT / "extras" / "demo" / "prompts", tmp_path / "my_audio")
     (tmp_path / "sorted").mkdir()
     for part in ("train", "test"):
-        os.symlink(ROOT / "extras" / "demo" / "syllables", tmp_path / "sorted" / part)
+        os.symlink(ROOT / "extras" / "demo" / "words", tmp_path / "sorted" / part)
     lines, sets = commands("extras/prepare.py"), {"esc50", "speechcommands", "audioset", "released"}
     assert {words[0] for words in lines} == {"scan", "stats", "pack"} | sets
     for words in lines:
@@ -276,8 +276,9 @@ def test_numbers_of_the_laptop_run():
         scores = [table["accuracy"][row] for table in tables]
         cells = [f"{statistics.mean(some):.3f} ± {statistics.stdev(some):.3f}" for some in scores]
         assert cells_of(text, row) == cells
-        if f"| {row} |" in README:
-            assert cells_of(README, row) == cells
+    for row, said in (("pre-trained", ".687 and .587"), ("from scratch", ".642 and .366")):
+        means = (f"{statistics.mean(t['accuracy'][f'fine-tuned, {row}']):.3f}"[1:] for t in tables)
+        assert " and ".join(means) == said and said in README
     for log, step, said in (
         ("pretrain1", 1000, ".657"), ("faster_teacher", 1000, ".575"), ("utterance_weight192", 400, ".504"),
         ("utterance_weight192", 200, ".422"), ("pretrain1", 400, ".537"),
@@ -285,6 +286,30 @@ def test_numbers_of_the_laptop_run():
         lines = map(json.loads, lines_of(RUNS / "laptop" / f"{log}.jsonl"))
         score = next(r["probe_linear"] for r in lines if r["step"] == step and "probe_linear" in r)
         assert f"{score:.3f}"[1:] == said and said in text
+
+
+def test_numbers_of_the_demo():
+    """Of its table, of what its README says beside it, and of the quick start."""
+    text, own = TEXTS[RUNS / "demo" / "README.md"], {}
+    for name in ("demo", "shipped", "scratch4"):
+        own[name] = json.loads((RUNS / "demo" / f"{name}.json").read_text())["accuracy"]
+    own["demo"]["fine-tuned, from scratch, 4 times the updates"] = own["scratch4"]["fine-tuned, from scratch"]
+
+    def cell(scores: list[float]) -> str:
+        spread = f" ± {statistics.stdev(scores):.3f}" if len({*scores}) > 1 else ""
+        return f"{statistics.mean(scores):.3f}{spread}"
+
+    for row, scores in own["demo"].items():
+        shipped = own["shipped"].get(row, []) if row.endswith(", pre-trained") else []
+        cells = [cell(scores), cell(shipped) if shipped else "-"]
+        for where in (text, README)[: 1 if row.startswith("knn") else 2]:
+            assert cells_of(where, row) == cells
+    for seed in (1, 2, 3):
+        log = map(json.loads, lines_of(RUNS / "demo" / f"pretrain{seed}.jsonl"))
+        probes = {r["step"]: r["probe_linear"] for r in log if "probe_linear" in r}
+        assert list(probes) == [0, 240, 480]
+        for step in (0, 480) if seed == 1 else ():
+            assert f"step {step}  probe_linear {probes[step]:.4g}" in README
 
 
 def test_numbers_of_the_ablations():

@@ -34,7 +34,7 @@ from pretrain import PRESETS, PretrainConfig  # noqa: E402
 
 TASKS = ("drums", "mandarin", "events")
 SCHEDULE = dict(updates=600, warmup=90, ema_decay=0.996, ema_decay_end=0.9998, ema_anneal=600)
-SHORT = dict(SCHEDULE, clip_frames=64)  # 4 x 8 patches of 0.64 s: 32 clips x 8 clones, as the demo
+SHORT = dict(SCHEDULE, clip_frames=64, batch_size=32, clones=8)  # 4 x 8 patches of 0.64 s
 LONG = dict(SCHEDULE, clip_frames=256, batch_size=16, clones=4)  # 16 x 8 patches of 2.56 s: room for blocks
 RANDOM = dict(mask_block_time=1, mask_block_freq=1)
 
@@ -145,7 +145,8 @@ def finetuned(pooling: str, seed: int, audio: Path, runs: Path) -> float:
     out_dir = runs / f"mandarin-{pooling}-seed{seed}"
     flags = dict(
         data=audio / "mandarin_train.tsv", eval_data=audio / "mandarin_test.tsv", pooling=pooling,
-        init=runs / name_of(SHORT, seed), seed=seed, out_dir=out_dir, clip_frames=64, updates=400,
+        init=runs / name_of(SHORT, seed), seed=seed, out_dir=out_dir,
+        clip_frames=64, batch_size=32, updates=400,
     )  # fmt: skip
 
     def make():
