@@ -288,6 +288,24 @@ def test_numbers_of_the_laptop_run():
         assert f"{score:.3f}"[1:] == said and said in text
 
 
+def test_numbers_of_the_encoder_that_comes_with_the_code():
+    """What its log, the probes of its blocks and extras/runs/targets.py say."""
+    folder, text = RUNS / "laptop", TEXTS[RUNS / "laptop" / "README.md"]
+    log = list(map(json.loads, lines_of(folder / "encoder.jsonl")))
+    frame = {r["step"]: r["loss_frame"] for r in log if "loss_frame" in r}
+    scores = [f"{r['probe_linear']:.2f}"[1:] for r in log if "probe_linear" in r]
+    assert min(frame, key=frame.get) == 400 and max(frame) == 4000 == log[-1]["step"]
+    said = f"falls from {frame[1]:.1f} to {frame[400]:.1f} at update 400, then rises to {frame[4000]:.1f}"
+    assert said in text and f"the probe rises from {scores[0]} to {scores[-1]}" in text
+    for row, cells in json.loads((folder / "blocks.json").read_text()).items():
+        pooling, of = row.split(", ")
+        assert cells_of(text, f"`{pooling}`, {of}") == [f"{cell:.3f}"[1:] for cell in cells]
+    for line in lines_of(folder / "targets.txt")[1:]:
+        update, *cells = line.split()[-5:]
+        cells = [cell.replace("0.", ".") for cell in cells]
+        assert f"| {int(update):,} | {' | '.join(cells)} |" in text
+
+
 def test_numbers_of_the_demo():
     """Of its table, of what its README says beside it, and of the quick start."""
     text, own = TEXTS[RUNS / "demo" / "README.md"], {}
