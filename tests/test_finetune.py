@@ -416,7 +416,7 @@ def test_a_signal_to_all_processes_of_an_evaluating_run_saves(folder, tune, caps
     assert [r["step"] for r in read_log(folder / "run") if "loss" in r] == list(range(1, 201))
 
 
-@pytest.mark.parametrize("preset", [pytest.param("as20k", marks=LONG), "as2m", "spcv2"])
+@pytest.mark.parametrize("preset", ["as2m", *(pytest.param(name, marks=LONG) for name in ("as20k", "spcv2"))])
 def test_two_processes_are_one(folder, script, tune, preset):
     """The same clips, mixed in the same pairs, with the same augmentation; each draws its own drop path."""
     metric = ["--metric", "mAP"] if preset != "spcv2" else []

@@ -549,8 +549,11 @@ def our_lines(result: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.mark.parametrize("args, message", [
     (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv: No such file or directory"),
-    (["--batch_size", 7], "--batch_size 7 does not divide by 2 processes x 1 (--accumulate)"),
-    (["--lr", -1], "--lr must be a number above 0, not -1.0"),
+    pytest.param(
+        ["--batch_size", 7], "--batch_size 7 does not divide by 2 processes x 1 (--accumulate)",
+        marks=pytest.mark.long,
+    ),
+    pytest.param(["--lr", -1], "--lr must be a number above 0, not -1.0", marks=pytest.mark.long),
     (["--out_dir", "mine"], "mine is not empty and holds no run: choose another --out_dir"),
 ])  # fmt: skip
 def test_an_error_is_told_once_by_all_processes(folder, script, args, message):
