@@ -157,8 +157,7 @@ def test_stopped_among_several_seeds_it_goes_on_there(pretrained, called):
     args = [*TINY, "--seeds", 2, "--rows", "tuned", "--updates", 20, "--save_every", 1000]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "extras" / "compare.py"), *map(str, args)], cwd=pretrained, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     folders = [pretrained / "run" / f"seed{seed}" / "pretrained" for seed in (1, 2)]
     end = time.time() + 120

@@ -191,9 +191,8 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
 
 
 @pytest.mark.parametrize("number, rank", [
-    (signal.SIGTERM, "all"), (signal.SIGINT, 1),
+    (signal.SIGTERM, "all"), (signal.SIGINT, 1), (signal.SIGUSR1, 0),
     *(pytest.param(number, rank, marks=LONG) for number, rank in (
-        (signal.SIGUSR1, 0),
         (signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGINT, "all"),
         (signal.SIGUSR1, 1), (signal.SIGUSR1, "all"),
     )),
