@@ -273,9 +273,8 @@ def bench_tags(model: str, runs: int, minutes: int = 20) -> dict[str, float]:
     return numbers | {"promise: tags of an mp3, times those of its wav (at most 1.5)": ratio}
 
 
-def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _reduce(rank: int, meeting: str, config: pretrain.PretrainConfig, answer) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     student, *_ = make(config, torch.device("cpu"))
     model = DistributedDataParallel(student, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -304,11 +303,12 @@ def _reduce(rank: int, port: int, config: pretrain.PretrainConfig, answer) -> No
     ])  # fmt: skip
 
 
-def bench_reduction(config: pretrain.PretrainConfig, port: int = 29_518) -> dict[str, float]:
+def bench_reduction(config: pretrain.PretrainConfig) -> dict[str, float]:
     """What two processes on CPUs tell each other in an update, and when."""
     answer = torch.zeros(2, 5, dtype=torch.float64).share_memory_()
     config = dataclasses.replace(config, batch_size=1, amp="fp32", compile=False)
-    mp.spawn(_reduce, (port, config, answer), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_reduce, (f"{folder}/meeting", config, answer), nprocs=2)
     sent, buckets, first, last, computed = answer[0].tolist()
     return {
         "DDP: gradients averaged in an update (MB)": sent / 1e6,
@@ -319,9 +319,8 @@ def bench_reduction(config: pretrain.PretrainConfig, port: int = 29_518) -> dict
     }
 
 
-def _agree(rank: int, port: int, answer) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _agree(rank: int, meeting: str, answer) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
     status = torch.tensor(0)
 
     def agree() -> bool:
@@ -331,10 +330,11 @@ def _agree(rank: int, port: int, answer) -> None:
     answer[rank] = median_seconds(agree, 1000, 100)
 
 
-def bench_agreement(port: int = 29_517) -> float:
+def bench_agreement() -> float:
     """Time in which two processes agree whether to stop."""
     answer = torch.zeros(2).share_memory_()
-    mp.spawn(_agree, (port, answer), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_agree, (f"{folder}/meeting", answer), nprocs=2)
     return answer.max().item()
 
 

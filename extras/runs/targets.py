@@ -29,14 +29,14 @@ def describe(
     """The numbers of a line; specs are batches of config.batch_size clips, (B, 1, F, M)."""
     targets, errors, cpu = [], [], torch.device("cpu")
     for step, spec in enumerate(specs):
-        y = make_targets(teacher.ffn_outputs(spec))                                    # (B, N, D)
-        mask = draw_masks(config, step, cpu)                                           # (B*C, N)
+        y = make_targets(teacher.ffn_outputs(spec))  # (B, N, D)
+        mask = draw_masks(config, step, cpu)  # (B*C, N)
         ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))  # (B*C, V)
         noise = draw_noise(config, step, range(len(spec)), cpu)
         out = student(spec, mask, ids_keep, y, noise, 0.0)
         errors.append(out["loss_frame"] / student.config.width**0.5)
         targets.append(y)
-    y = torch.cat(targets)                                                             # (clips, N, D)
+    y = torch.cat(targets)  # (clips, N, D)
     rest = y - y.mean(0)
     left = (rest.square().mean() / y.square().mean()).item()
     eigenvalues = torch.linalg.eigvalsh(rest.flatten(0, 1).T.cov()).clamp(min=1e-12)
