@@ -417,7 +417,8 @@ def read_classes(path: str | os.PathLike) -> dict[str, str]:
             lines = [line.rstrip("\r\n") for line in file if line.strip()]
         rows = list(csv.reader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
+        reason = getattr(error, "strerror", "") or first_line(error)  # without the path again
+        raise InputError(f"cannot read the classes in {path}: {reason}") from None
     header = [cell.strip() for cell in rows.pop(0)] if rows and rows[0][0].strip() == "index" else ["", "mid"]
     label = header.index("mid") if "mid" in header else 1  # the columns of labels and names
     name = next((i for i, cell in enumerate(header) if cell in ("display_name", "name")), -1)
@@ -474,7 +475,7 @@ def main() -> int:
         train = open_labelled(args.manifest, encoder.config.clip_frames)
         test = open_labelled(args.test, encoder.config.clip_frames, train.classes)
         function = pooled(encoder, args.pooling, args.block)
-        result = probe(function, encoder.config, train, test, device, **loading)
+        result = dict(pooling=args.pooling) | probe(function, encoder.config, train, test, device, **loading)
     else:
         model = load_classifier(args.checkpoint, args.classes).to(device)
         test = open_labelled(args.manifest, model.config.clip_frames, model.classes)

@@ -362,7 +362,8 @@ def train(config: FinetuneConfig) -> int:
     sampler = ClipSampler(
         len(data), config.batch_size, config.seed, start, *process, weights, config.epoch_clips
     )  # fmt: skip
-    run.say(f"{config.init}: {len(classes)} classes, {len(data):,} clips, {len(test.data):,} to evaluate on")
+    counts = f"{len(data):,} clips ({len(data.too_short)} more too short), {len(test.data):,} to evaluate on"
+    run.say(f"{config.init}: {len(classes)} classes, {counts}")
     if config.weighted and config.epoch_clips >= len(data):
         run.say("WARNING: --weighted has no effect: --epoch_clips draws every clip; choose fewer")
     if config.compile:

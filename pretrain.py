@@ -254,7 +254,8 @@ def train(config: PretrainConfig) -> int:
     start = run.resume(saved, MAY_CHANGE, data_digest=data.digest())["step"]
     place = (run.rank, run.world, config.accumulate)
     sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *place)
-    run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces")
+    n_short = len(data.too_short)
+    run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces, {n_short} clips too short")
 
     # Speed: compile in place, so that names of parameters stay; average gradients over processes
     if config.compile:
@@ -346,7 +347,7 @@ class Run:
         if changed := [k for k in settings | old if k not in may_change and old.get(k) != settings.get(k)]:
             diff = "; ".join(f"{k} was {old.get(k)}, now {settings.get(k)}" for k in changed)
             more = f"; to train on, --init {self.out_dir}" if "updates" in changed else ""
-            raise InputError(f"{self.out_dir} holds a run with other settings ({diff}): choose another{more}")
+            raise InputError(f"{self.out_dir} has other settings ({diff}): choose another --out_dir{more}")
         with refusing(path):
             for name, part in parts.items() if path else ():  # a new run loads nothing
                 part.load_state_dict(state[name])

@@ -43,9 +43,7 @@ def printable(name: str) -> str:
 
 def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad: list[str] = ()) -> None:
     """Write a manifest of (file below `folder`, labels); `bad` and what cannot be used go to `output`.bad.
-
-    Raises InputError if one of the two exists or no file can be used.
-    """
+    Raises InputError if one of the two exists or no file can be used."""
 
     def line(file: tuple[Path, str]) -> tuple[str, str]:
         name, labels = os.path.relpath(file[0], folder), file[1]
@@ -215,7 +213,8 @@ def read_table(path: str | os.PathLike, **form) -> list[list[str]]:
             lines = (line for line in file if not line.startswith("#"))
             return [row for row in csv.reader(lines, **form) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from None
+        said = getattr(error, "strerror", "") or first_line(error)
+        raise InputError(f"cannot read {path}: {said}") from None
 
 
 def esc50(folder: str, output: str) -> None:

@@ -330,7 +330,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, train):
     step = last_step(tmp_path / "run")
     assert job.wait_for(lambda: last_step(tmp_path / "run") > step)  # it does not notice
     job.kill()
-    with pytest.raises(InputError, match="run holds a run with other settings"):
+    with pytest.raises(InputError, match="run has other settings"):
         train(*args, "--seed", 2)
 
 

@@ -472,7 +472,7 @@ def test_a_run_folder_keeps_its_settings(folder, script, train, capsys):
     assert train(*args) == 0 and "done: 10 updates" in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in (folder / "run").iterdir()}
     refused = script("pretrain.py", *args, "--lr", 0.1, check=False)
-    said = "pretrain.py: run holds a run with other settings (lr was 0.002, now 0.1): choose another\n"
+    said = "pretrain.py: run has other settings (lr was 0.002, now 0.1): choose another --out_dir\n"
     assert refused.returncode == 1 and refused.stderr == said
     lines = (folder / "manifest.tsv").read_text().splitlines()
     (folder / "other.tsv").write_text("\n".join(lines[:-1]) + "\n")
@@ -493,7 +493,7 @@ def test_a_run_keeps_its_precision(folder, train, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args = [*PLAIN, "--out_dir", "run"]
     assert train(*args, "--amp", "fp32") == 0 == train(*args, "--amp", "auto")
-    with pytest.raises(InputError, match=r"run holds a run with other settings \(amp was fp32, now bf16\)"):
+    with pytest.raises(InputError, match=r"run has other settings \(amp was fp32, now bf16\)"):
         train(*args, "--amp", "bf16")
     monkeypatch.setattr(pretrain, "pick_precision", lambda *_: ("fp16", torch.float16))  # on another machine
     with pytest.raises(InputError, match=r"\(amp was fp32, now fp16\)") as error:
