@@ -151,6 +151,7 @@ def test_probes_alone_in_any_layout_and_metric(pretrained, called, monkeypatch):
         assert table[name] == [alone[0][f"probe_{kind}"]] and table[name] != tables[0][name]
 
 
+@pytest.mark.long
 def test_stopped_among_several_seeds_it_goes_on_there(pretrained, called):
     """Ctrl-C, or a signal to the command alone: the fine-tuning saves, the exit status says so, there is
     no table yet; started again, the first seed goes on and the second follows."""
