@@ -56,7 +56,7 @@ class FinetuneConfig:
     # Loss and network
     loss: Literal["bce_positives", "bce", "ce"] = "bce_positives"  # BCE per positive, BCE per clip, softmax
     metric: Literal["mAP", "accuracy"] = "mAP"  # chooses best.pt
-    pooling: Literal["cls", "mean"] = "cls"  # cls token or mean of the patches
+    pooling: Literal["cls", "mean", "bands"] = "cls"  # cls token, mean of the patches, or of each band's
     label_smoothing: Below1 = 0.0  # smoothing of ce without mixup, in training only (released code)
     drop_path: Below1 = 0.1  # rate at which the last block is left out, rising linearly from 0
     layer_decay: UpTo1 = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)

@@ -331,7 +331,7 @@ class EAT(nn.Module):
 class AudioClassifier(nn.Module):
     """Encoder, LayerNorm and a linear head (paper Sec. 3.4; models/EAT_audio_classification.py:365-457).
     classes: what a manifest calls each class -> its name for people, in the order of the outputs.
-    pooling: "cls" (the paper's choice) or "mean" of the patches.
+    pooling: "cls" (the paper's choice), "mean" of the patches, or "bands": that over time, of each band.
     exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each."""
 
     def __init__(
@@ -340,13 +340,14 @@ class AudioClassifier(nn.Module):
     ):  # fmt: skip
         super().__init__()
         are_names = all(isinstance(name, str) for name in (*classes, *classes.values()))
-        if pooling not in ("cls", "mean") or not are_names or not 0 <= norm_eps < math.inf:
-            raise ValueError(f'expected names, an eps, pooling "cls" or "mean": {norm_eps}, {pooling!r}')
+        if pooling not in ("cls", "mean", "bands") or not are_names or not 0 <= norm_eps < math.inf:
+            raise ValueError(f"expected names, an eps, pooling cls, mean or bands: {norm_eps}, {pooling!r}")
         self.head_settings = dict(classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps)
         self.config, self.classes, self.pooling, self.exclusive = config, dict(classes), pooling, exclusive
         self.encoder = Encoder(config)
-        self.fc_norm = LayerNorm(config.width, eps=norm_eps)
-        self.head = nn.Linear(config.width, len(classes))
+        width = config.width * (config.mel_bins // config.patch_size if pooling == "bands" else 1)
+        self.fc_norm = LayerNorm(width, eps=norm_eps)
+        self.head = nn.Linear(width, len(classes))
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -354,6 +355,9 @@ class AudioClassifier(nn.Module):
         """(B, 1, F, M) -> logits (B, classes)."""
         tokens = self.encoder(spec)                                                # (B, 1+N, D)
         pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)  # (B, D)
+        if self.pooling == "bands":
+            patches = tokens[:, 1:].unflatten(1, self.config.grid(spec.shape[2]))  # (B, H, W, D)
+            pooled = patches.mean(1).flatten(1)                                    # (B, W*D)
         return self.head(self.fc_norm(pooled))                                     # (B, classes)
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
     state, folder = read_pretrained(source), Path(folder)
     n, head = state["network"], state.get("head")
     if head and head.get("pooling", "cls") != "cls":
-        raise CheckpointError(f"{source} pools by the mean: the published code knows CLS only")
+        raise CheckpointError(f"{source} pools {head['pooling']}: the published code knows CLS only")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not an empty folder: choose another")
     folder.mkdir(parents=True, exist_ok=True)

@@ -206,11 +206,11 @@ def test_export_of_the_released_layout(tmp_path, name):
 # --- checkpoints of this project --------------------------------------------------------------------------
 
 
-def our_classifier(folder: Path, name: str = "last.pt") -> Path:
+def our_classifier(folder: Path, name: str = "last.pt", pooling: str = "cls") -> Path:
     torch.manual_seed(0)
     audio = dict(clip_frames=64, norm_mean=-5.0, norm_std=3.0)
     config = dataclasses.replace(MODELS["tiny"], **audio)
-    model = AudioClassifier(config, {"a": "A bird, singing", "b": "Bell"}, exclusive=True)
+    model = AudioClassifier(config, {"a": "A bird, singing", "b": "Bell"}, pooling, exclusive=True)
     torch.nn.init.normal_(model.head.bias)
     save_checkpoint(
         folder / name, step=1, settings=dict(audio, loss="ce"), network=dataclasses.asdict(config),
@@ -236,6 +236,20 @@ def test_a_classifier_comes_back_as_it_was(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(spec), original(spec))
         assert torch.equal(Encoder.from_pretrained(path)(spec), original.encoder(spec))
+
+
+def test_a_classifier_that_keeps_bands_apart(tmp_path):
+    """Its head sees the mean over time of each of the 8 bands, low to high; the file says so."""
+    model = AudioClassifier.from_pretrained(our_classifier(tmp_path, pooling="bands"))
+    spec = torch.randn(2, 1, 50, 128, generator=torch.Generator().manual_seed(0))  # 3 x 8 patches
+    with torch.no_grad():
+        tokens, logits = model.encoder(spec).double().numpy(), model(spec)
+    for row, own in zip(tokens, logits):
+        means = [np.mean([row[1 + 8 * time + band] for time in range(3)], axis=0) for band in range(8)]
+        x = np.concatenate(means)
+        x = (x - x.mean()) / np.sqrt(x.var() + model.fc_norm.eps)  # its weight and bias are 1 and 0
+        wanted = model.head.weight.double().detach().numpy() @ x + model.head.bias.double().detach().numpy()
+        assert np.allclose(own, wanted, atol=1e-5)
 
 
 def test_a_run_folder_is_its_best_checkpoint_or_else_its_last(tmp_path):
@@ -396,7 +410,7 @@ def test_a_mean_pooled_classifier_is_not_exported(tmp_path):
     state["head"]["pooling"] = "mean"
     torch.save(state, path)
     assert AudioClassifier.from_pretrained(path).pooling == "mean"
-    with pytest.raises(CheckpointError, match="pools by the mean"):
+    with pytest.raises(CheckpointError, match="pools mean: the published code knows CLS only"):
         export(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

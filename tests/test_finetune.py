@@ -484,7 +484,7 @@ def test_what_the_last_evaluation_alone_cannot_read_is_listed(folder, tune):
     (["--model", "huge"], "--model huge: choose from base"),
     (["--timeout", "0"], "--timeout must be a number above 0"),
     (["--classes", "nothing.csv"], "cannot read the classes in nothing.csv"),
-    (["--pooling", "max"], "--pooling max: choose from cls, mean"),
+    (["--pooling", "max"], "--pooling max: choose from cls, mean, bands"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(folder, tune, args, message):
     torch.save(dict(network={}, student=Attack(folder / "ran")), folder / "attack.pt")
