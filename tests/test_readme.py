@@ -330,6 +330,19 @@ def test_numbers_of_the_demo():
             assert f"step {step}  probe_linear {probes[step]:.4g}" in README
 
 
+def test_numbers_of_a_head_that_keeps_bands_apart():
+    folder, text = RUNS / "demo", TEXTS[RUNS / "demo" / "README.md"]
+    names = {"shipped": "the encoder that comes with the code", "scratch": "from scratch"}
+    names["demo"] = "the demo's encoder, seed 1 (it has heard these voices, unlabelled)"
+    logs = sorted(folder.glob("words*.jsonl"))
+    assert len(logs) == 7
+    for log in logs:
+        words, pooling, init = log.stem.split("_")
+        score = [r["accuracy"] for r in map(json.loads, lines_of(log)) if "accuracy" in r][-1]
+        cell = cells_of(text, f"{pooling}, {names[init]}")[words == "words10"]
+        assert cell == f"{score:.2f}"[1:]
+
+
 def test_numbers_of_the_ablations():
     """Every cell of the table is made of the runs' scores; each run has its log."""
     folder, text = RUNS / "ablations", TEXTS[RUNS / "ablations" / "README.md"]
