@@ -191,10 +191,10 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
 
 
 @pytest.mark.parametrize("number, rank", [
-    (signal.SIGTERM, "all"), (signal.SIGINT, 1), (signal.SIGUSR1, 0),
+    (signal.SIGTERM, "all"), (signal.SIGUSR1, 1),
     *(pytest.param(number, rank, marks=LONG) for number, rank in (
-        (signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGINT, "all"),
-        (signal.SIGUSR1, 1), (signal.SIGUSR1, "all"),
+        (signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGINT, 1),
+        (signal.SIGINT, "all"), (signal.SIGUSR1, 0), (signal.SIGUSR1, "all"),
     )),
 ])  # fmt: skip
 def test_a_signal_to_any_rank_stops_all_after_the_same_update(tmp_path, number, rank):
@@ -310,6 +310,7 @@ def test_two_nodes_go_on_when_one_is_lost(tmp_path, train, killed):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@LONG
 def test_torchrun_restarts_the_job_by_itself(tmp_path, uncut):
     updates = 3 * GAP
     job = Job(tmp_path, *RUN, "--updates", updates, "--save_every", 5, "--out_dir", "cut", restarts=2)

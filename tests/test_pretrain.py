@@ -565,7 +565,9 @@ def test_an_error_is_told_once_by_all_processes(folder, script, args, message):
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["settings", pytest.param("data", marks=pytest.mark.long), "precision"])
+@pytest.mark.parametrize("what", [
+    "settings", *(pytest.param(what, marks=pytest.mark.long) for what in ("data", "precision")),
+])  # fmt: skip
 def test_processes_that_do_not_agree_are_refused(folder, script, what):
     """As when another machine has an old command line or another manifest: nothing is trained."""
     lines = (folder / "manifest.tsv").read_text().splitlines()

@@ -255,10 +255,12 @@ def test_snippets_run(tmp_path, script, monkeypatch):
 
 def test_scripts_run_from_any_folder(tmp_path):
     """As `python extras/NAME.py`, and without a word of the folder they are started in."""
-    for name in SCRIPTS:
-        command = [sys.executable, ROOT / "extras" / f"{name}.py", "--help"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and f"extras/{name}.py" in done.stdout, done.stderr
+    paths = [ROOT / "extras" / f"{name}.py" for name in SCRIPTS]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    jobs = [subprocess.Popen([sys.executable, path, "--help"], cwd=tmp_path, **pipes) for path in paths]
+    for path, job in zip(paths, jobs):
+        said, errors = job.communicate()
+        assert job.returncode == 0 and str(path.relative_to(ROOT)) in said, errors
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
