@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import compare
+import laptop
 import listen
 import plot
 import prepare
@@ -121,7 +122,8 @@ def test_flags(monkeypatch, capsys):
             with pytest.raises(SystemExit):
                 module.main()
             known |= flags_of(capsys.readouterr().out)
-    known |= flags_of((ROOT / "tests" / "bench.py").read_text() + (RUNS / "ablations.py").read_text())
+    paths = (ROOT / "tests" / "bench.py", RUNS / "ablations.py", RUNS / "laptop.py")
+    known |= flags_of("".join(path.read_text() for path in paths))
     for path, text in TEXTS.items():
         said = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
         assert said <= known, (path, said - known)
@@ -271,29 +273,37 @@ def cells_of(text: str, row: str) -> list[str]:
 
 
 def test_numbers_of_the_laptop_run():
-    """Mean and spread in the texts are those of the run's own tables."""
-    text = TEXTS[RUNS / "laptop" / "README.md"]
-    tables = [json.loads((RUNS / "laptop" / f"{task}.json").read_text()) for task in ("drums", "mandarin")]
-    for row in tables[0]["accuracy"]:
-        scores = [table["accuracy"][row] for table in tables]
-        cells = [f"{statistics.mean(some):.3f} ± {statistics.stdev(some):.3f}" for some in scores]
-        assert cells_of(text, row) == cells
-    for row, said in (("pre-trained", ".687 and .587"), ("from scratch", ".642 and .366")):
-        means = (f"{statistics.mean(t['accuracy'][f'fine-tuned, {row}']):.3f}"[1:] for t in tables)
-        assert " and ".join(means) == said and said in README
-    for log, step, said in (
-        ("pretrain1", 1000, ".657"), ("faster_teacher", 1000, ".575"), ("utterance_weight192", 400, ".504"),
-        ("utterance_weight192", 200, ".422"), ("pretrain1", 400, ".537"),
-    ):  # fmt: skip
-        lines = map(json.loads, lines_of(RUNS / "laptop" / f"{log}.jsonl"))
-        score = next(r["probe_linear"] for r in lines if r["step"] == step and "probe_linear" in r)
-        assert f"{score:.3f}"[1:] == said and said in text
+    """Its tables are made of the runs' scores, and those of fine-tuning are the last in the runs' logs."""
+    folder, last = RUNS / "laptop", {}
+    found = json.loads((folder / "laptop.json").read_text())
+    table = "\n".join(laptop.tables(found))
+    for part in table.split("\n\n"):
+        assert part in TEXTS[folder / "README.md"]
+    for line in map(json.loads, lines_of(folder / "logs.jsonl")):
+        if "accuracy" in line:
+            last[line["run"]] = line["accuracy"]
+    for task, rows in found["tasks"].items():
+        for row, form in (
+            (laptop.TUNED, f"{task}-%s/pretrained"), (laptop.SCRATCH, f"{task}-%s/scratch"),
+            (laptop.LONGER[laptop.TUNED], f"longer-tuned-{task}-%s/pretrained"),
+            (laptop.LONGER[laptop.SCRATCH], f"longer-scratch-{task}-%s/scratch"),
+        ):  # fmt: skip
+            scores = [last[form % seed] for seed in laptop.SEEDS if form % seed in last]
+            assert rows[row] == scores
+    for step, scores in found["tuned"].items():
+        if int(step) in laptop.STEPS:
+            runs = (f"curve{step}-{seed}/pretrained" for seed in laptop.SEEDS)
+            assert scores == [last[run] for run in runs if run in last]
+    tuned, scratch = (
+        f"{statistics.mean(found['tasks']['words35'][row]):.2f}"[1:] for row in (laptop.TUNED, laptop.SCRATCH)
+    )
+    assert f"35 words {tuned} fine-tuned, {scratch} from scratch" in " ".join(README.split())
 
 
 def test_numbers_of_the_encoder_that_comes_with_the_code():
     """What its log, the probes of its blocks and extras/runs/targets.py say."""
     folder, text = RUNS / "laptop", TEXTS[RUNS / "laptop" / "README.md"]
-    log = list(map(json.loads, lines_of(folder / "encoder.jsonl")))
+    log = [r for r in map(json.loads, lines_of(folder / "logs.jsonl")) if r["run"] == "pretrain1"]
     frame = {r["step"]: r["loss_frame"] for r in log if "loss_frame" in r}
     scores = [f"{r['probe_linear']:.2f}"[1:] for r in log if "probe_linear" in r]
     assert min(frame, key=frame.get) == 400 and max(frame) == 4000 == log[-1]["step"]
@@ -315,34 +325,27 @@ def test_numbers_of_the_demo():
         own[name] = json.loads((RUNS / "demo" / f"{name}.json").read_text())["accuracy"]
     own["demo"]["fine-tuned, from scratch, 4 times the updates"] = own["scratch4"]["fine-tuned, from scratch"]
 
-    def cell(scores: list[float]) -> str:
-        spread = f" ± {statistics.stdev(scores):.3f}" if len({*scores}) > 1 else ""
-        return f"{statistics.mean(scores):.3f}{spread}"
-
     for row, scores in own["demo"].items():
         shipped = own["shipped"].get(row, []) if row.endswith(", pre-trained") else []
-        cells = [cell(scores), cell(shipped) if shipped else "-"]
+        cells = [laptop.cell(scores), laptop.cell(shipped)]
         for where in (text, README)[: 1 if row.startswith("knn") else 2]:
             assert cells_of(where, row) == cells
+    bands = json.loads((RUNS / "demo" / "bands.json").read_text())["accuracy"]
+    longer_run = json.loads((RUNS / "laptop" / "laptop.json").read_text())["tasks"]["words10"]
+    for row, mean, head in (
+        ("4 minutes of pre-training", own["demo"][laptop.TUNED], bands[laptop.TUNED]),
+        ("the longer run", own["shipped"][laptop.TUNED], longer_run[laptop.TUNED]),
+        *((row.removeprefix("fine-tuned, "), own["demo"][row], longer_run[row])
+          for row in (laptop.SCRATCH, laptop.LONGER[laptop.SCRATCH])),
+    ):  # fmt: skip
+        assert cells_of(text, row) == [laptop.cell(mean), laptop.cell(head)]
+        assert f"{statistics.mean(head):.2f}"[1:] in README
     for seed in (1, 2, 3):
         log = map(json.loads, lines_of(RUNS / "demo" / f"pretrain{seed}.jsonl"))
         probes = {r["step"]: r["probe_linear"] for r in log if "probe_linear" in r}
         assert list(probes) == [0, 240, 480]
         for step in (0, 480) if seed == 1 else ():
             assert f"step {step}  probe_linear {probes[step]:.4g}" in README
-
-
-def test_numbers_of_a_head_that_keeps_bands_apart():
-    folder, text = RUNS / "demo", TEXTS[RUNS / "demo" / "README.md"]
-    names = {"shipped": "the encoder that comes with the code", "scratch": "from scratch"}
-    names["demo"] = "the demo's encoder, seed 1 (it has heard these voices, unlabelled)"
-    logs = sorted(folder.glob("words*.jsonl"))
-    assert len(logs) == 7
-    for log in logs:
-        words, pooling, init = log.stem.split("_")
-        score = [r["accuracy"] for r in map(json.loads, lines_of(log)) if "accuracy" in r][-1]
-        cell = cells_of(text, f"{pooling}, {names[init]}")[words == "words10"]
-        assert cell == f"{score:.2f}"[1:]
 
 
 def test_numbers_of_the_ablations():

@@ -1,0 +1,325 @@
+"""The laptop run: what is pre-training worth, and is more of it worth more?
+
+    python extras/audio/build.py OUT                                   what it trains on
+    python extras/runs/laptop.py OUT runs/laptop                       all of it: about 12 hours of one core
+    python extras/runs/laptop.py OUT runs/laptop --only pretrain1      a part: jobs whose names begin so
+
+Three seeds of pre-training and a wider network for the same arithmetic; of each, fine-tuning and probes on
+five tasks, beside the same from scratch, fine-tuning for four times as long, random encoders and the log-mel
+input; fine-tuning and probes of checkpoints on the way. Started twice at once, two share the work; started
+again, it goes on where it stopped. Writes laptop.json, tables.md, worth.png, curve.png, all logs as
+logs.jsonl, and the first seed in half precision as encoder.pt into the folder of the runs, of the jobs that
+are done.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
+
+from model import load_checkpoint, save_checkpoint  # noqa: E402
+from plot import plt  # noqa: E402
+
+SEEDS = (1, 2, 3)
+SCHEDULE = dict(
+    batch_size=32, updates=4000, warmup=500, ema_decay=0.996, ema_decay_end=0.9998, ema_anneal=4000,
+    save_every=250, probe_every=500,
+)  # fmt: skip
+STEPS = (500, 1000, 2000)  # whose checkpoints are kept, for the curve
+# 1.5 times as wide: 2.24 times the arithmetic of an update
+WIDE = "model.MODELS['demo'] = dataclasses.replace(model.MODELS['demo'], width=288, heads=6)"
+WIDE_SCHEDULE = SCHEDULE | dict(updates=1787, warmup=223, ema_anneal=1787)
+# manifest: what the reader sees, frames of a clip; syllables are short
+TASKS = {
+    "words10": ("10 words", 128), "words35": ("35 words", 128), "mandarin": ("15 rhymes", 64),
+    "events": ("20 events", 128), "drums": ("12 drums", 128),
+}  # fmt: skip
+UPDATES = 600  # of fine-tuning
+CURVE = ("words10", "words35", "events", "drums")  # linear probes, with the clips of pre-training
+TUNED_TASK = "words35"  # fine-tuned for the curve
+TUNED, SCRATCH = "fine-tuned, pre-trained", "fine-tuned, from scratch"
+LONGER = {row: f"{row}, 4 times the updates" for row in (TUNED, SCRATCH)}
+PROBED = [f"{kind} probe, " for kind in ("linear", "knn")]
+ROWS = (
+    TUNED,
+    SCRATCH,
+    *(kind + of for of in ("pre-trained", "random encoder", "log-mel") for kind in PROBED),
+)
+
+
+def keep_checkpoint(run: Path) -> None:
+    """Another name for last.pt if it is that of one of STEPS: a link stays when last.pt is replaced."""
+    link = run / "kept.pt"
+    link.unlink(missing_ok=True)
+    os.link(run / "last.pt", link)
+    step = load_checkpoint(link)["step"]
+    link.rename(run / f"step{step}.pt") if step in STEPS else link.unlink()
+
+
+def pretrain(audio: Path, run: Path, seed: int, schedule: dict, patch: str = "") -> None:
+    """Pre-train, or go on with it, and keep checkpoints on the way; `patch` is code that runs before."""
+    flags = dict(data=audio / "pretrain.tsv") | schedule | dict(seed=seed, out_dir=run)
+    flags |= dict(probe_train=audio / "words10_train.tsv", probe_test=audio / "words10_test.tsv")
+    start = ["pretrain.py"]
+    if patch:
+        run_it = "runpy.run_path('pretrain.py', None, '__main__')"
+        start = ["-c", f"import dataclasses, runpy, model; {patch}; {run_it}"]
+    command = [sys.executable, *start, "--preset", "demo", *(f"--{k}={v}" for k, v in flags.items())]
+    seen = 0.0
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while process.poll() is None:
+            time.sleep(2)
+            if (run / "last.pt").exists() and (run / "last.pt").stat().st_mtime != seen:
+                seen = (run / "last.pt").stat().st_mtime
+                keep_checkpoint(run)
+    if process.returncode or load_checkpoint(run / "last.pt")["step"] < schedule["updates"]:
+        sys.exit(process.returncode or f"{run} stopped before its end")
+
+
+def pack(audio: Path, packed: Path, names: Iterable[str]) -> None:
+    """The manifests of these names, decoded once: what follows reads them many times."""
+    for name in names:
+        if not (packed / f"{name}.tsv").exists():
+            command = [sys.executable, ROOT / "extras" / "prepare.py", "pack", audio / f"{name}.tsv"]
+            subprocess.run([*command, packed / f"{name}.tsv"], check=True)
+
+
+def compare(audio: Path, out_dir: Path, task: str, seed: int, init: Path, *flags: str) -> None:
+    """Rows of extras/compare.py for a seed and a task, into out_dir/table.json."""
+    data = ["--data", f"{audio / task}_train.tsv", "--eval_data", f"{audio / task}_test.tsv"]
+    own = ["--preset=demo", "--pooling=bands", f"--updates={UPDATES}", f"--clip_frames={TASKS[task][1]}"]
+    command = [sys.executable, ROOT / "extras" / "compare.py", *own, *data, f"--seed={seed}", *flags]
+    subprocess.run([*command, "--init", init, "--out_dir", out_dir], cwd=ROOT, check=True)
+
+
+def probe(audio: Path, out_dir: Path, checkpoint: Path, tasks: Iterable[str] = CURVE) -> None:
+    """The linear probe of a checkpoint on each task, into out_dir/table.json."""
+    found = {}
+    for task in tasks:
+        command = [sys.executable, ROOT / "evaluate.py", checkpoint]
+        command += [f"{audio / task}_train.tsv", f"{audio / task}_test.tsv"]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        found[task] = json.loads(done.stdout)["probe_linear"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+class Job(NamedTuple):
+    needs: tuple[Path, ...]  # files and folders that must be there
+    makes: Path  # the file that says that it is done
+    work: Callable[[], None]
+
+
+def begin(audio: Path, runs: Path, manifests: Iterable[str]) -> tuple[dict[str, Job], Callable]:
+    """Jobs by name, the first of which decodes manifests; and a function that adds one."""
+    jobs, packed = {}, runs / "packed"
+
+    def add(name: str, needs: Path, work: Callable, *args, makes: str = "table.json") -> None:
+        source, ready = (audio, audio) if work in (pretrain, pack) else (packed, packed / "done")
+        jobs[name] = Job((ready, needs), runs / name / makes, lambda: work(source, runs / name, *args))
+
+    add("packed", audio, pack, manifests, makes="done")
+    return jobs, add
+
+
+def list_jobs(audio: Path, runs: Path) -> dict[str, Job]:
+    """All there is to do, in an order in which it can be done."""
+    jobs, add = begin(audio, runs, [f"{task}_{part}" for task in TASKS for part in ("train", "test")])
+    for seed in SEEDS:
+        add(f"pretrain{seed}", audio, pretrain, seed, SCHEDULE, makes="done")
+    for seed in SEEDS:
+        run = runs / f"pretrain{seed}"
+        for task in TASKS:
+            add(f"{task}-{seed}", run / "done", compare, task, seed, run)
+        for step in STEPS:
+            kept = run / f"step{step}.pt"
+            add(f"probe{step}-{seed}", kept, probe, kept)
+            add(f"curve{step}-{seed}", kept, compare, TUNED_TASK, seed, kept, "--rows", "tuned")
+    for task in TASKS:
+        for seed in SEEDS:
+            run, longer = runs / f"pretrain{seed}", f"--updates={4 * UPDATES}"
+            for kind in ("scratch", "tuned"):
+                name, flags = f"longer-{kind}-{task}-{seed}", ("--rows", kind, longer)
+                add(name, run / "done", compare, task, seed, run, *flags)
+    run = runs / "wide-pretrain"
+    add("wide-pretrain", audio, pretrain, 1, WIDE_SCHEDULE, WIDE, makes="done")
+    add("wide-probe", run / "done", probe, run)
+    for seed in SEEDS:
+        add(f"wide-{seed}", run / "done", compare, TUNED_TASK, seed, run, "--rows", "tuned")
+    return jobs
+
+
+def work_through(jobs: dict[str, Job], runs: Path, only: tuple[str, ...]) -> None:
+    """Do what can be done and nobody has done or is doing."""
+    (runs / "claims").mkdir(parents=True, exist_ok=True)
+    for name, job in jobs.items():
+        if not name.startswith(only) or job.makes.exists() or not all(map(Path.exists, job.needs)):
+            continue
+        with open(runs / "claims" / name, "w") as claim:
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+            except BlockingIOError:
+                continue
+            if not job.makes.exists():
+                print(name, flush=True)
+                job.work()
+                job.makes.parent.mkdir(exist_ok=True)
+                job.makes.touch()
+
+
+def read_table(runs: Path, name: str) -> dict[str, float]:
+    """Rows of a job's table.json, one score each; none if it is not done."""
+    path = runs / name / "table.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {row: scores[0] for row, scores in found["accuracy"].items()} if "accuracy" in found else found
+
+
+def over_seeds(runs: Path, form: str, row: str) -> list[float]:
+    """The score of each seed that is done."""
+    found = [read_table(runs, form.format(seed)) for seed in SEEDS]
+    return [table[row] for table in found if row in table]
+
+
+def collect(runs: Path) -> dict:
+    """Scores of the jobs that are done, a list over seeds in each place."""
+    tasks = {}
+    for task in TASKS:
+        tasks[task] = {row: over_seeds(runs, f"{task}-{{}}", row) for row in ROWS}
+        for kind, row in (("tuned", TUNED), ("scratch", SCRATCH)):
+            tasks[task][LONGER[row]] = over_seeds(runs, f"longer-{kind}-{task}-{{}}", row)
+    curve = {task: {0: tasks[task]["linear probe, random encoder"]} for task in CURVE}
+    for task in CURVE:
+        curve[task] |= {step: over_seeds(runs, f"probe{step}-{{}}", task) for step in STEPS}
+        curve[task][SCHEDULE["updates"]] = tasks[task]["linear probe, pre-trained"]
+    tuned = {0: tasks[TUNED_TASK][SCRATCH]}
+    tuned |= {step: over_seeds(runs, f"curve{step}-{{}}", TUNED) for step in STEPS}
+    tuned[SCHEDULE["updates"]] = tasks[TUNED_TASK][TUNED]
+    wide = {task: [score] for task, score in read_table(runs, "wide-probe").items()}
+    wide[TUNED] = over_seeds(runs, "wide-{}", TUNED)
+    return dict(tasks=tasks, curve=curve, tuned=tuned, wide=wide)
+
+
+def cell(scores: list[float]) -> str:
+    """Mean and standard deviation over seeds, if there is one; a dash without any."""
+    if not scores:
+        return "-"
+    spread = f" ± {statistics.stdev(scores):.3f}" if len({*scores}) > 1 else ""
+    return f"{statistics.mean(scores):.3f}{spread}"
+
+
+def tables(found: dict) -> list[str]:
+    """What each task gains; what the length of pre-training is worth."""
+    titles = {task: title for task, (title, _) in TASKS.items()}
+    lines = [f"| | {' | '.join(titles.values())} |", "|---" * (1 + len(TASKS)) + "|"]
+    for row in (TUNED, SCRATCH, *LONGER.values(), *ROWS[2:]):
+        lines.append(f"| {row} | {' | '.join(cell(found['tasks'][task][row]) for task in TASKS)} |")
+    head = ("updates", f"{titles[TUNED_TASK]}, fine-tuned", *(titles[task] for task in CURVE))
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for step, tuned in found["tuned"].items():
+        cells = (cell(found["curve"][task][step]) for task in CURVE)
+        lines.append(f"| {int(step):,} | {cell(tuned)} | {' | '.join(cells)} |")
+    if any(found["wide"].values()):
+        cells = (cell(found["wide"].get(row, [])) for row in (TUNED, *CURVE))
+        lines.append(f"| {WIDE_SCHEDULE['updates']:,}, 288 wide | {' | '.join(cells)} |")
+    return lines
+
+
+def draw_worth(found: dict):
+    """A bar for each task and way to use its labels, with the deviation over seeds; log-mel as a line."""
+    figure, axis = plt.subplots(figsize=(9, 3.2))
+    frozen = "linear probe, "
+    bars = (
+        (SCRATCH, "0.8"), (TUNED, "lightsteelblue"), (LONGER[SCRATCH], "0.6"), (LONGER[TUNED], "C0"),
+        (f"{frozen}random encoder", "navajowhite"), (f"{frozen}pre-trained", "C1"),
+    )  # fmt: skip
+    for i, (row, colour) in enumerate(bars):
+        for x, task in enumerate(TASKS):
+            if scores := found["tasks"][task][row]:
+                spread = statistics.stdev(scores) if len(scores) > 1 else None
+                style = dict(yerr=spread, color=colour, capsize=2, label="" if x else row)
+                axis.bar(x + 0.14 * (i - 2.5), statistics.mean(scores), 0.13, **style)
+    for x, task in enumerate(TASKS):
+        if scores := found["tasks"][task][f"{frozen}log-mel"]:
+            style = dict(color="k", ls="--", lw=1, label="" if x else f"{frozen}log-mel")
+            axis.plot([x - 0.42, x + 0.42], [statistics.mean(scores)] * 2, **style)
+    axis.set_xticks(range(len(TASKS)), [title for title, _ in TASKS.values()])
+    axis.set_ylabel("accuracy")
+    axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_curve(found: dict):
+    """Fine-tuned score and linear probes against updates of pre-training."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
+    series = [(0, "fine-tuned", found["tuned"])]
+    series += [(1, TASKS[task][0], found["curve"][task]) for task in CURVE]
+    for number, (panel, name, points) in enumerate(series):
+        points = {max(STEPS[0] // 2, int(step)): scores for step, scores in points.items() if scores}
+        means = [statistics.mean(scores) for scores in points.values()]
+        spreads = [statistics.stdev(scores) if len(scores) > 1 else 0 for scores in points.values()]
+        style = dict(marker="o", ms=3, capsize=3, color=f"C{number}", label=name)
+        panels[panel].errorbar(points.keys(), means, spreads, **style)
+    same = SCHEDULE["updates"]  # of the narrower network, in arithmetic
+    for panel, rows in zip(panels, ((TUNED,), CURVE)):
+        for i, row in enumerate(row for row in rows if found["wide"].get(row)):
+            label = "" if i else "288 wide, same arithmetic"
+            panel.plot(same, statistics.mean(found["wide"][row]), "k*", ms=8, label=label)
+    for row, style in ((LONGER[SCRATCH], "--"), ("linear probe, log-mel", ":")):
+        if scores := found["tasks"][TUNED_TASK][row]:
+            panels[0].axhline(statistics.mean(scores), color="k", ls=style, lw=1, label=row)
+    for axis, title in zip(panels, (f"{TASKS[TUNED_TASK][0]}, fine-tuned", "frozen, linear probe")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([STEPS[0] // 2, *STEPS, same], ["none", *map(str, (*STEPS, same))])
+        axis.minorticks_off()
+        axis.set(title=title, xlabel="updates of pre-training", ylabel="accuracy")
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def write_results(runs: Path) -> None:
+    """laptop.json, tables.md, worth.png, curve.png and encoder.pt."""
+    (runs / "laptop.json").write_text(json.dumps(collect(runs), indent=1) + "\n")
+    found = json.loads((runs / "laptop.json").read_text())
+    (runs / "tables.md").write_text("\n".join(tables(found)) + "\n")
+    draw_worth(found).savefig(runs / "worth.png", dpi=110)
+    draw_curve(found).savefig(runs / "curve.png", dpi=110)
+    if (first := runs / f"pretrain{SEEDS[0]}" / "last.pt").exists():
+        state = load_checkpoint(first)
+        half = {part: {k: v.half() for k, v in state[part].items()} for part in ("student", "teacher")}
+        save_checkpoint(runs / "encoder.pt", step=state["step"], network=state["network"], **half)
+
+
+def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
+    """Work through the jobs, then write results and logs of those that are done."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    parser.add_argument("audio", type=Path, help="what extras/audio/build.py made")
+    parser.add_argument("runs", type=Path, help="folder for the runs")
+    parser.add_argument("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
+    args = parser.parse_args()
+    audio, runs = args.audio.resolve(), args.runs.resolve()
+    jobs = list_jobs(audio, runs)
+    work_through(jobs, runs, tuple(args.only))
+    with open(runs / "logs.jsonl", "w") as out:
+        for name in (name for name, job in jobs.items() if job.makes.exists()):
+            for log in sorted((runs / name).glob("**/log.jsonl")):
+                for line in map(json.loads, log.read_text().splitlines()):
+                    out.write(json.dumps(dict(run=str(log.parent.relative_to(runs)), **line)) + "\n")
+    write_results(runs)
+    print((runs / "tables.md").read_text())
+    if missing := [name for name, job in jobs.items() if not job.makes.exists()]:
+        sys.exit(f"not done yet: {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main(__doc__, list_jobs, write_results)
