@@ -1,7 +1,7 @@
 """The laptop run: what is pre-training worth, and is more of it worth more?
 
     python extras/audio/build.py OUT                                   what it trains on
-    python extras/runs/laptop.py OUT runs/laptop                       all of it: about 12 hours of one core
+    python extras/runs/laptop.py OUT runs/laptop                       all of it: about 15 hours of one core
     python extras/runs/laptop.py OUT runs/laptop --only pretrain1      a part: jobs whose names begin so
 
 Three seeds of pre-training and a wider network for the same arithmetic; of each, fine-tuning and probes on
@@ -13,9 +13,11 @@ are done.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,31 +61,41 @@ ROWS = (
 
 def keep_checkpoint(run: Path) -> None:
     """Another name for last.pt if it is that of one of STEPS: a link stays when last.pt is replaced."""
-    link = run / "kept.pt"
-    link.unlink(missing_ok=True)
-    os.link(run / "last.pt", link)
-    step = load_checkpoint(link)["step"]
-    link.rename(run / f"step{step}.pt") if step in STEPS else link.unlink()
+    last, seen = run / "last.pt", run / "seen.pt"
+    with contextlib.suppress(FileNotFoundError):  # there is none yet, or it is just being replaced
+        if not (seen.exists() and seen.samefile(last)):
+            seen.unlink(missing_ok=True)
+            os.link(last, seen)
+            step = load_checkpoint(seen)["step"]
+            if step in STEPS and not (run / f"step{step}.pt").exists():
+                os.link(seen, run / f"step{step}.pt")
+
+
+def start(command: list, watch: Callable = lambda: None) -> None:
+    """Run a program to its end, `watch` every two seconds; if this one is stopped, so is that, and saves."""
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT) as process:
+        try:
+            while process.poll() is None:
+                time.sleep(2)
+                watch()
+        finally:
+            process.terminate()
+    if process.returncode:  # it has said why
+        sys.exit(process.returncode)
 
 
 def pretrain(audio: Path, run: Path, seed: int, schedule: dict, patch: str = "") -> None:
     """Pre-train, or go on with it, and keep checkpoints on the way; `patch` is code that runs before."""
     flags = dict(data=audio / "pretrain.tsv") | schedule | dict(seed=seed, out_dir=run)
     flags |= dict(probe_train=audio / "words10_train.tsv", probe_test=audio / "words10_test.tsv")
-    start = ["pretrain.py"]
+    program = ["pretrain.py"]
     if patch:
         run_it = "runpy.run_path('pretrain.py', None, '__main__')"
-        start = ["-c", f"import dataclasses, runpy, model; {patch}; {run_it}"]
-    command = [sys.executable, *start, "--preset", "demo", *(f"--{k}={v}" for k, v in flags.items())]
-    seen = 0.0
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        while process.poll() is None:
-            time.sleep(2)
-            if (run / "last.pt").exists() and (run / "last.pt").stat().st_mtime != seen:
-                seen = (run / "last.pt").stat().st_mtime
-                keep_checkpoint(run)
-    if process.returncode or load_checkpoint(run / "last.pt")["step"] < schedule["updates"]:
-        sys.exit(process.returncode or f"{run} stopped before its end")
+        program = ["-c", f"import dataclasses, runpy, model; {patch}; {run_it}"]
+    command = [sys.executable, *program, "--preset", "demo", *(f"--{k}={v}" for k, v in flags.items())]
+    start(command, lambda: keep_checkpoint(run))
+    if load_checkpoint(run / "last.pt")["step"] < schedule["updates"]:
+        sys.exit(f"{run} stopped before its end")
 
 
 def pack(audio: Path, packed: Path, names: Iterable[str]) -> None:
@@ -91,7 +103,7 @@ def pack(audio: Path, packed: Path, names: Iterable[str]) -> None:
     for name in names:
         if not (packed / f"{name}.tsv").exists():
             command = [sys.executable, ROOT / "extras" / "prepare.py", "pack", audio / f"{name}.tsv"]
-            subprocess.run([*command, packed / f"{name}.tsv"], check=True)
+            start([*command, packed / f"{name}.tsv"])
 
 
 def compare(audio: Path, out_dir: Path, task: str, seed: int, init: Path, *flags: str) -> None:
@@ -99,7 +111,7 @@ def compare(audio: Path, out_dir: Path, task: str, seed: int, init: Path, *flags
     data = ["--data", f"{audio / task}_train.tsv", "--eval_data", f"{audio / task}_test.tsv"]
     own = ["--preset=demo", "--pooling=bands", f"--updates={UPDATES}", f"--clip_frames={TASKS[task][1]}"]
     command = [sys.executable, ROOT / "extras" / "compare.py", *own, *data, f"--seed={seed}", *flags]
-    subprocess.run([*command, "--init", init, "--out_dir", out_dir], cwd=ROOT, check=True)
+    start([*command, "--init", init, "--out_dir", out_dir])
 
 
 def probe(audio: Path, out_dir: Path, checkpoint: Path, tasks: Iterable[str] = CURVE) -> None:
@@ -163,7 +175,8 @@ def work_through(jobs: dict[str, Job], runs: Path, only: tuple[str, ...]) -> Non
     """Do what can be done and nobody has done or is doing."""
     (runs / "claims").mkdir(parents=True, exist_ok=True)
     for name, job in jobs.items():
-        if not name.startswith(only) or job.makes.exists() or not all(map(Path.exists, job.needs)):
+        asked = name == "packed" or name.startswith(only)  # most need it
+        if not asked or job.makes.exists() or not all(map(Path.exists, job.needs)):
             continue
         with open(runs / "claims" / name, "w") as claim:
             try:
@@ -210,7 +223,7 @@ def collect(runs: Path) -> dict:
 
 
 def cell(scores: list[float]) -> str:
-    """Mean and standard deviation over seeds, if there is one; a dash without any."""
+    """Mean and standard deviation over seeds, if they differ; a dash without any."""
     if not scores:
         return "-"
     spread = f" ± {statistics.stdev(scores):.3f}" if len({*scores}) > 1 else ""
@@ -219,18 +232,23 @@ def cell(scores: list[float]) -> str:
 
 def tables(found: dict) -> list[str]:
     """What each task gains; what the length of pre-training is worth."""
+
+    def count(scores: list[float], form: str) -> str:
+        return form.format(len(scores)) if 0 < len(scores) < len(SEEDS) else ""
+
     titles = {task: title for task, (title, _) in TASKS.items()}
     lines = [f"| | {' | '.join(titles.values())} |", "|---" * (1 + len(TASKS)) + "|"]
     for row in (TUNED, SCRATCH, *LONGER.values(), *ROWS[2:]):
-        lines.append(f"| {row} | {' | '.join(cell(found['tasks'][task][row]) for task in TASKS)} |")
+        scores = [found["tasks"][task][row] for task in TASKS]
+        lines.append(f"| {row} | {' | '.join(cell(some) + count(some, ' ({} seeds)') for some in scores)} |")
     head = ("updates", f"{titles[TUNED_TASK]}, fine-tuned", *(titles[task] for task in CURVE))
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for step, tuned in found["tuned"].items():
         cells = (cell(found["curve"][task][step]) for task in CURVE)
-        lines.append(f"| {int(step):,} | {cell(tuned)} | {' | '.join(cells)} |")
+        lines.append(f"| {int(step):,}{count(tuned, ', {} seeds')} | {cell(tuned)} | {' | '.join(cells)} |")
     if any(found["wide"].values()):
         cells = (cell(found["wide"].get(row, [])) for row in (TUNED, *CURVE))
-        lines.append(f"| {WIDE_SCHEDULE['updates']:,}, 288 wide | {' | '.join(cells)} |")
+        lines.append(f"| {WIDE_SCHEDULE['updates']:,}, 288 wide, one run | {' | '.join(cells)} |")
     return lines
 
 
@@ -293,8 +311,9 @@ def write_results(runs: Path) -> None:
     (runs / "tables.md").write_text("\n".join(tables(found)) + "\n")
     draw_worth(found).savefig(runs / "worth.png", dpi=110)
     draw_curve(found).savefig(runs / "curve.png", dpi=110)
-    if (first := runs / f"pretrain{SEEDS[0]}" / "last.pt").exists():
-        state = load_checkpoint(first)
+    first = runs / f"pretrain{SEEDS[0]}"
+    if (first / "done").exists():
+        state = load_checkpoint(first / "last.pt")
         half = {part: {k: v.half() for k, v in state[part].items()} for part in ("student", "teacher")}
         save_checkpoint(runs / "encoder.pt", step=state["step"], network=state["network"], **half)
 
@@ -308,15 +327,21 @@ def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
     args = parser.parse_args()
     audio, runs = args.audio.resolve(), args.runs.resolve()
+    if not (audio / "pretrain.tsv").exists():
+        parser.error(f"{audio} has no pretrain.tsv: make it with extras/audio/build.py")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
     jobs = list_jobs(audio, runs)
     work_through(jobs, runs, tuple(args.only))
-    with open(runs / "logs.jsonl", "w") as out:
-        for name in (name for name, job in jobs.items() if job.makes.exists()):
-            for log in sorted((runs / name).glob("**/log.jsonl")):
-                for line in map(json.loads, log.read_text().splitlines()):
-                    out.write(json.dumps(dict(run=str(log.parent.relative_to(runs)), **line)) + "\n")
-    write_results(runs)
-    print((runs / "tables.md").read_text())
+    with open(runs / "claims" / "results", "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)  # two may end together
+        with open(runs / "logs.jsonl", "w") as out:
+            for name in (name for name, job in jobs.items() if job.makes.exists()):
+                for log in sorted((runs / name).glob("**/log.jsonl")):
+                    for line in map(json.loads, log.read_text().splitlines()):
+                        out.write(json.dumps(dict(run=str(log.parent.relative_to(runs)), **line)) + "\n")
+        write_results(runs)
+        print((runs / "tables.md").read_text())
     if missing := [name for name, job in jobs.items() if not job.makes.exists()]:
         sys.exit(f"not done yet: {', '.join(missing)}")
 

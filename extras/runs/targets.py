@@ -1,6 +1,6 @@
 """Why loss_frame rises: what the teacher's targets are made of, and how much of it the student predicts.
 
-    python extras/runs/targets.py OUT/pretrain.tsv runs/encoder/last.pt ...
+    python extras/runs/targets.py OUT/pretrain.tsv runs/laptop/pretrain1/last.pt ...
 
 A line for each checkpoint, and for its network untrained. `place`: share of the targets' variance that the
 mean target of each place on the grid explains, which needs no listening. `error`: mean squared error of the
