@@ -261,10 +261,12 @@ def draw_worth(found: dict):
         (f"{frozen}random encoder", "navajowhite"), (f"{frozen}pre-trained", "C1"),
     )  # fmt: skip
     for i, (row, colour) in enumerate(bars):
+        first = True
         for x, task in enumerate(TASKS):
             if scores := found["tasks"][task][row]:
                 spread = statistics.stdev(scores) if len(scores) > 1 else None
-                style = dict(yerr=spread, color=colour, capsize=2, label="" if x else row)
+                style = dict(yerr=spread, color=colour, capsize=2, label=row if first else "")
+                first = False
                 axis.bar(x + 0.14 * (i - 2.5), statistics.mean(scores), 0.13, **style)
     for x, task in enumerate(TASKS):
         if scores := found["tasks"][task][f"{frozen}log-mel"]:
