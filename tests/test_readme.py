@@ -312,10 +312,16 @@ def test_numbers_of_the_laptop_run():
 def test_numbers_of_the_encoder_that_comes_with_the_code():
     """What its log, the probes of its blocks and extras/runs/targets.py say."""
     folder, text = RUNS / "laptop", TEXTS[RUNS / "laptop" / "README.md"]
-    log = [r for r in map(json.loads, lines_of(folder / "logs.jsonl")) if r["run"] == "pretrain1"]
+    everything = list(map(json.loads, lines_of(folder / "logs.jsonl")))
+    log = [r for r in everything if r["run"] == "pretrain1"]
     frame = {r["step"]: r["loss_frame"] for r in log if "loss_frame" in r}
     scores = [f"{r['probe_linear']:.2f}"[1:] for r in log if "probe_linear" in r]
     assert min(frame, key=frame.get) == 400 and max(frame) == 4000 == log[-1]["step"]
+    for seed in laptop.SEEDS:
+        runs = [r for r in everything if r["run"] == f"pretrain{seed}"]
+        losses = [r["loss_frame"] for r in runs if "loss_frame" in r]
+        probes = [r["probe_linear"] for r in runs if "probe_linear" in r]
+        assert losses[0] > losses[-1] > 1.5 * min(losses) and probes[-1] > 1.5 * probes[0]
     said = f"falls from {frame[1]:.1f} to {frame[400]:.1f} at update 400, then rises to {frame[4000]:.1f}"
     assert said in text and f"the probe rises from {scores[0]} to {scores[-1]}" in text
     for row, cells in json.loads((folder / "blocks.json").read_text()).items():

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import signal
 import statistics
@@ -261,13 +262,11 @@ def draw_worth(found: dict):
         (f"{frozen}random encoder", "navajowhite"), (f"{frozen}pre-trained", "C1"),
     )  # fmt: skip
     for i, (row, colour) in enumerate(bars):
-        first = True
-        for x, task in enumerate(TASKS):
-            if scores := found["tasks"][task][row]:
-                spread = statistics.stdev(scores) if len(scores) > 1 else None
-                style = dict(yerr=spread, color=colour, capsize=2, label=row if first else "")
-                first = False
-                axis.bar(x + 0.14 * (i - 2.5), statistics.mean(scores), 0.13, **style)
+        known = {x: scores for x, task in enumerate(TASKS) if (scores := found["tasks"][task][row])}
+        means = [statistics.mean(scores) for scores in known.values()]
+        spreads = [statistics.stdev(scores) if len(scores) > 1 else math.nan for scores in known.values()]
+        places = [x + 0.14 * (i - 2.5) for x in known]
+        axis.bar(places, means, 0.13, yerr=spreads, color=colour, capsize=2, label=row)
     for x, task in enumerate(TASKS):
         if scores := found["tasks"][task][f"{frozen}log-mel"]:
             style = dict(color="k", ls="--", lw=1, label="" if x else f"{frozen}log-mel")
@@ -294,7 +293,8 @@ def draw_curve(found: dict):
         for i, row in enumerate(row for row in rows if found["wide"].get(row)):
             label = "" if i else "288 wide, same arithmetic"
             panel.plot(same, statistics.mean(found["wide"][row]), "k*", ms=8, label=label)
-    for row, style in ((LONGER[SCRATCH], "--"), ("linear probe, log-mel", ":")):
+    lines = ((LONGER[TUNED], "-."), (LONGER[SCRATCH], "--"), ("linear probe, log-mel", ":"))
+    for row, style in lines:
         if scores := found["tasks"][TUNED_TASK][row]:
             panels[0].axhline(statistics.mean(scores), color="k", ls=style, lw=1, label=row)
     for axis, title in zip(panels, (f"{TASKS[TUNED_TASK][0]}, fine-tuned", "frozen, linear probe")):
@@ -302,7 +302,8 @@ def draw_curve(found: dict):
         axis.set_xticks([STEPS[0] // 2, *STEPS, same], ["none", *map(str, (*STEPS, same))])
         axis.minorticks_off()
         axis.set(title=title, xlabel="updates of pre-training", ylabel="accuracy")
-        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    panels[0].legend(frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.1))
+    panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
