@@ -294,6 +294,14 @@ def test_numbers_of_the_laptop_run():
         if int(step) in laptop.STEPS:
             runs = (f"curve{step}-{seed}/pretrained" for seed in laptop.SEEDS)
             assert scores == [last[run] for run in runs if run in last]
+    assert found["wide"][laptop.TUNED] == [last[f"wide-{seed}/pretrained"] for seed in laptop.SEEDS]
+    below = {
+        task: f"{100 * (statistics.mean(found['curve'][task]['4000']) - found['wide'][task][0]):.0f}"
+        for task in laptop.CURVE
+    }
+    assert (below["events"], below["words10"]) == (below["drums"], "0")
+    said = f"frozen it is {below['words35']} points below on 35 words, {below['events']} on events and drums"
+    assert f"{said}, equal on ten words" in " ".join(TEXTS[folder / "README.md"].split())
     means = {
         task: {row: statistics.mean(scores) for row, scores in rows.items() if scores}
         for task, rows in found["tasks"].items()

@@ -293,10 +293,12 @@ def draw_curve(found: dict):
         for i, row in enumerate(row for row in rows if found["wide"].get(row)):
             label = "" if i else "288 wide, same arithmetic"
             panel.plot(same, statistics.mean(found["wide"][row]), "k*", ms=8, label=label)
-    lines = ((LONGER[TUNED], "-."), (LONGER[SCRATCH], "--"), ("linear probe, log-mel", ":"))
-    for row, style in lines:
+    for row, style, label in (
+        (LONGER[TUNED], "-.", "4 times the updates"), (LONGER[SCRATCH], "--", "the same, from scratch"),
+        ("linear probe, log-mel", ":", "linear probe, log-mel"),
+    ):  # fmt: skip
         if scores := found["tasks"][TUNED_TASK][row]:
-            panels[0].axhline(statistics.mean(scores), color="k", ls=style, lw=1, label=row)
+            panels[0].axhline(statistics.mean(scores), color="k", ls=style, lw=1, label=label)
     for axis, title in zip(panels, (f"{TASKS[TUNED_TASK][0]}, fine-tuned", "frozen, linear probe")):
         axis.set_xscale("log", base=2)
         axis.set_xticks([STEPS[0] // 2, *STEPS, same], ["none", *map(str, (*STEPS, same))])
