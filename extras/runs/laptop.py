@@ -30,7 +30,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-from model import load_checkpoint, save_checkpoint  # noqa: E402
+import torch  # noqa: E402
+
+import evaluate  # noqa: E402
+from data import open_labelled  # noqa: E402
+from finetune import PRESETS  # noqa: E402
+from model import Encoder, load_checkpoint, save_checkpoint  # noqa: E402
 from plot import plt  # noqa: E402
 
 SEEDS = (1, 2, 3)
@@ -116,13 +121,14 @@ def compare(audio: Path, out_dir: Path, task: str, seed: int, init: Path, *flags
 
 
 def probe(audio: Path, out_dir: Path, checkpoint: Path, tasks: Iterable[str] = CURVE) -> None:
-    """The linear probe of a checkpoint on each task, into out_dir/table.json."""
-    found = {}
+    """Linear probes of a checkpoint, on the clips that `compare` takes, into out_dir/table.json."""
+    encoder, found = Encoder.from_pretrained(checkpoint), {}
+    frames, least = encoder.config.clip_frames, PRESETS["demo"]["min_samples"]
     for task in tasks:
-        command = [sys.executable, ROOT / "evaluate.py", checkpoint]
-        command += [f"{audio / task}_train.tsv", f"{audio / task}_test.tsv"]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        found[task] = json.loads(done.stdout)["probe_linear"]
+        train = open_labelled(f"{audio / task}_train.tsv", frames, None, least, allow_silence=False)
+        test = open_labelled(f"{audio / task}_test.tsv", frames, train.classes)
+        scores = evaluate.probe(evaluate.pooled(encoder), encoder.config, train, test, torch.device("cpu"))
+        found[task] = scores["probe_linear"]
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "table.json").write_text(json.dumps(found, indent=1) + "\n")
 
