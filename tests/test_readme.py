@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablations
 import compare
 import laptop
 import listen
@@ -375,28 +376,21 @@ def test_numbers_of_the_demo():
 
 
 def test_numbers_of_the_ablations():
-    """Every cell of the table is made of the runs' scores; each run has its log."""
-    folder, text = RUNS / "ablations", TEXTS[RUNS / "ablations" / "README.md"]
+    """Their table is made of the runs' scores; each run has its log, and those of fine-tuning end in them."""
+    folder, last = RUNS / "ablations", {}
     found = json.loads((folder / "ablations.json").read_text())
-
-    def cell(scores: list[float]) -> str:
-        return f"{statistics.mean(scores):.3f} ± {(max(scores) - min(scores)) / 2:.3f}"
-
-    tuned = found.pop("fine_tuned")
-    assert f"{cell(tuned['mean'])} against {cell(tuned['cls'])}" in text
-    rows = [(name, runs, "linear") for axis in found.values() for name, runs in axis.items()]
-    base = found["utterance weight"]["1"]
-    rows += [("CLS", base, "linear, CLS"), ("mean patch", base, "linear, mean"), ("both", base, "linear")]
-    for name, runs, probe in rows:
-        cells = (cell([run[task][probe] for run in runs]) for task in ("drums", "mandarin", "events"))
-        assert f"| {name} | {' | '.join(cells)} |" in text
-    gains = [
-        run[task]["linear"] - axis["untrained"][seed][task]["linear"]
-        for axis in found.values() for name in axis.keys() - {"untrained"}
-        for seed, run in enumerate(axis[name]) for task in ("drums", "mandarin", "events")
-    ]  # fmt: skip
-    assert 0.01 < min(gains) < 0.02 and 0.23 < max(gains) < 0.24 and "by 1 to 23 points" in text
-    assert len(list(folder.glob("*.jsonl"))) == 28
+    assert "\n".join(ablations.tables(found)) in TEXTS[folder / "README.md"]
+    for line in map(json.loads, lines_of(folder / "logs.jsonl")):
+        last.setdefault(line["run"], {}).update(line)
+    for axis in ablations.AXES.values():
+        for name in axis:
+            trained = [last[run] for seed in ablations.SEEDS if (run := f"{name}-{seed}") in last]
+            assert all(len(scores) == len(trained) > 0 for scores in found["probes"][name].values())
+            assert all(log["step"] == ablations.BASE["updates"] for log in trained)
+    for name, poolings in found["tuned"].items():
+        for pooling, scores in poolings.items():
+            runs = (f"{name}-{seed}-{pooling}/pretrained" for seed in ablations.SEEDS)
+            assert scores == [last[run]["accuracy"] for run in runs if run in last] != []
 
 
 def test_numbers_of_the_bench():
