@@ -391,6 +391,12 @@ def test_numbers_of_the_ablations():
         for pooling, scores in poolings.items():
             runs = (f"{name}-{seed}-{pooling}/pretrained" for seed in ablations.SEEDS)
             assert scores == [last[run]["accuracy"] for run in runs if run in last] != []
+    text, cls = TEXTS[folder / "README.md"], {n: statistics.mean(p["cls"]) for n, p in found["tuned"].items()}
+    gains = (f"{100 * (cls[name] - cls['weight0']):.1f}" for name in ("base", "weight1.92"))
+    assert f"{' and '.join(gains)} points ahead of none" in text
+    log = [r for r in map(json.loads, lines_of(folder / "logs.jsonl")) if r["run"] == "weight192-1"]
+    shares = [round(r["loss_utterance"] / r["loss_frame"]) for r in log if "loss_frame" in r]
+    assert f"{min(shares)} to {max(shares)} times the frame loss" in text
 
 
 def test_numbers_of_the_bench():

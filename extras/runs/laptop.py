@@ -341,6 +341,7 @@ def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
     if not (audio / "pretrain.tsv").exists():
         parser.error(f"{audio} has no pretrain.tsv: make it with extras/audio/build.py")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core
+    torch.set_num_threads(1)  # likewise for the probes, which are computed here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
     jobs = list_jobs(audio, runs)
     work_through(jobs, runs, tuple(args.only))
