@@ -349,8 +349,8 @@ class AudioDataset(Dataset):
         if len(pcm) < n_samples:
             raise InputError(f"{self.manifest.root} has changed")
         waveform, gain = torch.from_numpy(pcm), self.manifest.fields(line)[3:4]
-        if gain:  # of clips above full scale
-            check_peak(waveform := to_float(waveform) * float(gain[0]), allow_silence=True)
+        waveform = to_float(waveform) * float(gain[0]) if gain else waveform  # of clips above full scale
+        check_peak(to_float(waveform), self.allow_silence)
         return waveform
 
     def __getitem__(self, item: int) -> Clip:

@@ -93,9 +93,12 @@ def scan(folder: str, output: str, labels: str | None) -> None:
     found = {path: [path.parent.name] for path in files if path.parent != Path(folder)}
     if labels:
         rows = read_table(labels)
-        rows = rows[rows[:1] and rows[0][0].lower() in ("file", "filename", "path") :]
-        found = {Path(folder, name): ",".join(cells).split(",") for name, *cells in rows}
-    found = {path: [label.strip() for label in own if label.strip()] for path, own in found.items()}
+        if rows and rows[0][0].lower() in ("file", "filename", "path"):
+            rows = rows[1:]
+        found = {Path(folder, name): [] for name, *_ in rows}
+        for name, *cells in rows:  # several of a file add up
+            found[Path(folder, name)] += ",".join(cells).split(",")
+    found = {path: [*dict.fromkeys(filter(None, map(str.strip, own)))] for path, own in found.items()}
     labelled = [(path, ",".join(map(check_label, found[path]))) for path in files if found.get(path)]
     bad = {path: "no label" for path in files if not found.get(path)}
     bad |= dict.fromkeys(found.keys() - set(files), "no such file")
@@ -198,8 +201,8 @@ def read_whole(manifest: Manifest, clips: list[int]) -> tuple[Tensor, str]:
                 gain, pieces = 2 * gain, [(p / 2).round().to(torch.int16) for p in pieces]
             pieces.append((piece * (32768 / gain)).round().to(torch.int16))
         waveform = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int16)
-        if len(waveform) < FRAME_LENGTH or not waveform.any():
-            raise InputError("silent" if len(waveform) >= FRAME_LENGTH else "too short")
+        if len(waveform) < FRAME_LENGTH:
+            raise InputError("too short")
         more = labels[:1] if gain == 1 else ["".join(labels[:1]), str(gain)]
         return waveform, "\t".join([name, str(len(waveform)), *more])
     except InputError as error:

@@ -86,9 +86,14 @@ def test_scan_labels_by_a_table(tmp_path, script, header):
     }  # fmt: skip
     assert "2 left out, listed in m.tsv.bad" in out
     assert (tmp_path / "m.tsv.bad").read_text() == "d.wav\tno label\nnone.wav\tno such file\n"
-    (tmp_path / "other.csv").write_text("x.wav,dog\n")
-    with pytest.raises(InputError, match="none of the 4 audio files has a label in .*other.csv"):
-        prepare.scan(str(tmp_path / "in"), str(tmp_path / "x.tsv"), str(tmp_path / "other.csv"))
+    for text in ("x.wav,dog\n", header, "# nothing\n"):
+        (tmp_path / "other.csv").write_text(text)
+        with pytest.raises(InputError, match="none of the 4 audio files has a label in .*other.csv"):
+            prepare.scan(str(tmp_path / "in"), str(tmp_path / "x.tsv"), str(tmp_path / "other.csv"))
+    (tmp_path / "rows.csv").write_text(header + "a.wav,dog\nc.wav,rain\na.wav,cat\na.wav,dog\n")
+    prepare.scan(str(tmp_path / "in"), str(tmp_path / "rows.tsv"), str(tmp_path / "rows.csv"))
+    dataset = AudioDataset(tmp_path / "rows.tsv")  # several rows of a file add up
+    assert [dataset.labels(i) for i in range(len(dataset))] == [["dog", "cat"], ["rain"]]
 
 
 def test_long_mp3_files_come_with_a_hint(tmp_path, script):
@@ -176,9 +181,9 @@ def assert_equal_to_the_files(files: AudioDataset, packed: AudioDataset):
 
 
 def test_pack_and_files_give_the_same(folder, script):
-    """Packed data is one .pcm beside its list, without the clips that cannot be used, which are named."""
+    """Packed data is one .pcm beside its list, without the clips that cannot be read, which are named."""
     files = AudioDataset(folder / "manifest.tsv")
-    bad = bad_files(folder)
+    bad = {name: message for name, message in bad_files(folder).items() if message != "silent"}
     with open(folder / "manifest.tsv", "a") as file:
         file.writelines(f"{name}\t16000\tbad\n" for name in bad)
     said = script(PREPARE, "pack", "manifest.tsv", "packed.tsv", "--workers", 1).stdout
@@ -195,6 +200,25 @@ def test_pack_and_files_give_the_same(folder, script):
         again.returncode == 1
         and again.stderr == "prepare.py: packed.tsv: choose a new name that ends with .tsv\n"
     )
+
+
+def test_silence_is_the_same_packed(tmp_path):
+    """A piece without sound is stood in for in training, as of files, and read for scoring."""
+    silence = torch.zeros(5 * 10_240)
+    for name, parts in (("a", [tone(10_240), silence, tone(10_240)]), ("b", [silence]), ("c", [tone(8000)])):
+        soundfile.write(tmp_path / f"{name}.wav", torch.cat(parts).numpy(), 16_000)
+    lines = [str(tmp_path), f"a.wav\t{7 * 10_240}\tx", f"b.wav\t{5 * 10_240}\ty", "c.wav\t8000\tx"]
+    (tmp_path / "m.tsv").write_text("\n".join(lines) + "\n")
+    prepare.pack(str(tmp_path / "m.tsv"), str(tmp_path / "packed.tsv"), workers=0)
+    for kind in (dict(n_frames=64), dict(n_frames=64, segments=False), dict(n_frames=64, allow_silence=True)):
+        files, packed = (AudioDataset(tmp_path / name, **kind) for name in ("m.tsv", "packed.tsv"))
+        assert len(files) == len(packed) == (3 if "segments" in kind else 13)
+        n_problems = 0
+        for i in range(len(files)):
+            assert (files[i].problem, files[i].item) == (packed[i].problem, packed[i].item)
+            assert torch.equal(files[i].waveform, to_float(packed[i].waveform))
+            n_problems += bool(packed[i].problem)
+        assert n_problems == (0 if "allow_silence" in kind else 1 if "segments" in kind else 9)
 
 
 def test_a_long_file_is_packed_whole(tmp_path):
