@@ -327,8 +327,9 @@ def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Label
 
 
 def fit_presets(argv: list[str]) -> dict[str, dict]:
-    """PRESETS; `own` fitted to the checkpoint and the labels that a command line names: clip length,
-    normalisation and shortest clip as in pre-training, lr by width, BCE if clips have several labels."""
+    """PRESETS; `own` fitted to the checkpoint and the labels that a command line names: clip length and
+    normalisation as in pre-training, the shortest clip, too, if the checkpoint tells it, lr by width, BCE if
+    clips have several labels."""
     config = parse_config(FinetuneConfig, PRESETS, argv)
     if not {"own", "--preset=own"} & set(argv) or config.init in ("", "scratch") or not config.data:
         return PRESETS
@@ -375,9 +376,11 @@ def train(config: FinetuneConfig) -> int:
         classifier.train()
         run.log(step=step, **scores)
         run.write("bad_files.tsv", found.problems if run.rank == 0 else [])
-        if scores[config.metric] > run.plain["best"]["score"]:
+        best = run.plain["best"]
+        if scores[config.metric] > best["score"]:
             run.plain["best"] = dict(step=step, score=scores[config.metric])
-            run.save("best.pt", step, classifier=classifier)
+            if not run.save("best.pt", step, classifier=classifier):
+                run.plain["best"] = best  # which the file still holds
 
     # Clips between evaluations: an epoch or, if that is more, a twentieth of the run
     stretch = config.batch_size * config.eval_every

@@ -382,8 +382,8 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why, in one line."""
 
 
-def save_checkpoint(path: Path, **state) -> None:
-    """Write a checkpoint, whole or not at all; the last.pt before it becomes previous.pt."""
+def save_checkpoint(path: Path, **state) -> Path:
+    """Write a checkpoint, whole or not at all; returns its path. The old last.pt becomes previous.pt."""
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -395,6 +395,7 @@ def save_checkpoint(path: Path, **state) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    return path
 
 
 @contextlib.contextmanager

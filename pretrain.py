@@ -436,15 +436,15 @@ class Run:
         if self.rank == 0:
             tqdm.write(text, file=file)
 
-    def save(self, name: str, step: int, **parts) -> None:
-        """Write a checkpoint. A full disk costs the checkpoint, not the run before its end."""
+    def save(self, name: str, step: int, **parts) -> Path | None:
+        """Write a checkpoint, if rank 0 can: a full disk costs the checkpoint, not the run before its end."""
         if self.rank > 0:
-            return
+            return None
         state = dict(step=step, settings=self.settings, **self.plain)
         state |= {name: part.state_dict() for name, part in (parts or self.parts).items()}
-        self.saved = time.monotonic()
+        self.saved = self.saved if parts else time.monotonic()  # a best.pt is none to go on from
         try:
-            save_checkpoint(self.out_dir / name, **state)
+            return save_checkpoint(self.out_dir / name, **state)
         except (OSError, RuntimeError) as error:
             problem = f"could not save update {step} in {self.out_dir} ({first_line(error)})"
             if step == self.config.updates or self.status:

@@ -1,6 +1,7 @@
 """Fine-tuning: learning rates, augmentation and losses against the released code's numbers, whole runs."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from test_pretrain import PLAIN, read_log
 
 import evaluate
 import finetune
+import pretrain
 from data import AudioDataset, ClipSampler, InputError, load_audio
 from evaluate import parse_config, read_classes
 from finetune import (
@@ -388,6 +391,49 @@ def test_resume_is_exact_and_best_is_kept(folder, script, tune):
     assert AudioClassifier.from_pretrained(folder / "cut").classes == {"high": "high", "low": "low"}
     done = load_checkpoint(folder / "cut" / "last.pt")["best"]
     assert done == best["best"] and tune(*cut) == 0 and evaluations(folder / "cut") == scores
+
+
+def scores_of(accuracies):
+    """evaluate.score, but with these accuracies, one after the other."""
+
+    def score(*args, **loading):
+        scores, rows, found = evaluate.score(*args, **loading)
+        return scores | dict(accuracy=next(accuracies)), rows, found
+
+    return score
+
+
+def test_a_best_that_cannot_be_written_is_none(folder, tune, monkeypatch, capsys):
+    """The run calls its best what best.pt holds."""
+    save, is_full = pretrain.save_checkpoint, iter([False, True, False, False])
+
+    def save_but_once(path, **state):
+        if path.name == "best.pt" and next(is_full):
+            raise OSError(28, "No space left on device")
+        return save(path, **state)
+
+    monkeypatch.setattr(finetune, "score", scores_of(iter([0.5, 0.9, 0.6, 0.7])))
+    monkeypatch.setattr(pretrain, "save_checkpoint", save_but_once)
+    assert tune(*TINY, "--updates", 24) == 0  # evaluated after 6, 12, 18 and 24
+    best = load_checkpoint(folder / "run" / "best.pt")
+    assert best["step"] == 24 and best["best"] == dict(step=24, score=0.7)
+    said = capsys.readouterr().out
+    assert "could not save update 12 in run" in said and "done: best accuracy 0.7000, after update 24" in said
+
+
+def test_a_new_best_does_not_put_off_the_checkpoint(folder, tune, monkeypatch):
+    """Minutes count from the last one that a run can go on from."""
+    clock, save, saved = itertools.count(step=20.0), pretrain.save_checkpoint, []
+
+    def save_and_tell(path, **state):
+        saved.append(path.name)
+        return save(path, **state)
+
+    monkeypatch.setattr(finetune, "score", scores_of(itertools.count(0.1, 0.01)))
+    monkeypatch.setattr(pretrain, "save_checkpoint", save_and_tell)
+    monkeypatch.setattr(pretrain, "time", SimpleNamespace(**vars(time) | dict(monotonic=lambda: next(clock))))
+    assert tune(*TINY, "--save_every", 1000, "--eval_every", 1, "--save_minutes", 1.5) == 0
+    assert saved.count("best.pt") == 12 and saved.count("last.pt") > 1
 
 
 @pytest.mark.parametrize("delays", [(0.1, 0.9), pytest.param((0, 0.2, 0.4, 0.6, 0.8, 1.3), marks=LONG)])
