@@ -66,7 +66,8 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     score on are not for other --data."""
 
     def refuse(message: str) -> None:
-        near = difflib.get_close_matches(message.split(": ")[-1].split()[0], [f"--{name}" for name in fields])
+        word = message.split(": ")[-1].partition(" ")[0]
+        near = difflib.get_close_matches(word, [f"--{name}" for name in fields])
         raise InputError(f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the flags'})")
 
     argv = sys.argv[1:] if argv is None else argv

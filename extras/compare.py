@@ -104,14 +104,21 @@ def find_folds(config: FinetuneConfig) -> list[int]:
     return list(range(min(numbers), max(numbers) + 1))
 
 
+def fill(text: str, seed: int, fold: int) -> str:
+    """The text with the numbers that {seed} and {fold} stand for."""
+    return text.replace("{seed}", str(seed)).replace("{fold}", str(fold))
+
+
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=1, help="do all this with so many seeds, from --seed on")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what the table has")
     args, rest = parser.parse_known_args()
-    first = [word.replace("{seed}", "1").replace("{fold}", "1") for word in rest]
-    config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | fit_presets(first), rest)
+    presets = dict(demo=PRESETS["demo"]) | PRESETS
+    config = parse_config(FinetuneConfig, presets, rest)
+    first = [fill(word, config.seed, find_folds(config)[0]) for word in rest]  # `own` is fitted to these
+    config = parse_config(FinetuneConfig, presets | fit_presets(first), rest)
     if init_distributed()[1] > 1:
         raise InputError("this needs one process, without torchrun")
     if config.init == "scratch":
@@ -123,9 +130,8 @@ def main() -> int:
         for fold in folds:
             parts = [f"seed{seed}"] * (args.seeds > 1) + [f"fold{fold}"] * (len(folds) > 1)
             own = dict(
-                data=config.data.replace("{fold}", str(fold)), init=config.init.replace("{seed}", str(seed)),
-                eval_data=config.eval_data.replace("{fold}", str(fold)), seed=seed,
-                out_dir=str(Path(config.out_dir, *parts)),
+                data=fill(config.data, seed, fold), eval_data=fill(config.eval_data, seed, fold),
+                init=fill(config.init, seed, fold), seed=seed, out_dir=str(Path(config.out_dir, *parts)),
             )  # fmt: skip
             plan.append(dataclasses.replace(config, **own))
     for own in plan:  # what is missing is told before the first has run for hours

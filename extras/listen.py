@@ -290,6 +290,7 @@ def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path
 def write_manifest_features(args: argparse.Namespace, encoder: Encoder, device: torch.device) -> int:
     """Write the features of a manifest's clips, as the probes see them; returns the exit status."""
     data = AudioDataset(args.inputs[0], encoder.config.clip_frames, segments=False, allow_silence=True)
+    Path(args.features).parent.mkdir(parents=True, exist_ok=True)
     found = predict(pooled(encoder, args.pooling, args.block), data, encoder.config, device, args.workers)
     for problem in found.problems:
         print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)

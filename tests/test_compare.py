@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,12 +90,17 @@ def test_seeds_of_their_own_checkpoints_and_their_spread(pretrained, called):
 
 
 def test_the_preset_own_fits_the_checkpoint(pretrained, called, monkeypatch):
-    """As finetune.py does; whatever {seed} stands for."""
+    """As finetune.py does; whatever {seed} and {fold} stand for, and whichever is the first."""
     seen = []
     monkeypatch.setattr(compare, "fine_tune", lambda config: seen.append(config) or 0.5)
-    files = "--data manifest.tsv --eval_data manifest.tsv --workers 0 --rows tuned --out_dir run".split()
-    called(compare, "--preset", "own", "--init", "pre{seed}.pt", "--seeds", 2, *files)
-    assert [config.init for config in seen] == ["pre1.pt", "pre2.pt"]
+    for number in (2, 3):
+        shutil.copy(pretrained / "pre1.pt", pretrained / f"pre{number}.pt")
+        shutil.copy(pretrained / "manifest.tsv", pretrained / f"list{number}.tsv")
+    (pretrained / "pre1.pt").unlink()
+    files = "--data list{fold}.tsv --eval_data list{fold}.tsv --workers 0 --rows tuned --out_dir run".split()
+    called(compare, "--preset", "own", "--init", "pre{seed}.pt", "--seed", 2, "--seeds", 2, *files)
+    assert [config.init for config in seen] == ["pre2.pt", "pre2.pt", "pre3.pt", "pre3.pt"]
+    assert [config.data for config in seen] == ["list2.tsv", "list3.tsv"] * 2
     assert {(config.clip_frames, config.lr, config.loss) for config in seen} == {(64, 0.2 / 64, "ce")}
 
 

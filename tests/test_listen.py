@@ -273,9 +273,9 @@ def test_features_of_a_folder(classifier, called):
 def test_features_of_a_manifest_are_a_table(classifier, called):
     """A row for each clip that can be read, as the probes see it, with its labels, for scikit-learn."""
     (classifier / "clip 3.wav").write_text("damaged")
-    args = ["classifier.pt", "manifest.tsv", "--features", "all.npz", "--workers", 0, "--block", 1]
+    args = ["classifier.pt", "manifest.tsv", "--features", "new/all.npz", "--workers", 0, "--block", 1]
     result = called(listen, *args, "--pooling", "bands")
-    found = np.load(classifier / "all.npz")
+    found = np.load(classifier / "new" / "all.npz")
     assert found["features"].shape == (7, 2 * 8 * 64) and found["features"].dtype == np.float32
     assert found["labels"].tolist() == ["low"] * 3 + ["high"] * 4
     assert found["files"].tolist() == [f"clip {i}.wav" for i in range(8) if i != 3]

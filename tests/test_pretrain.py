@@ -176,6 +176,7 @@ def test_what_is_not_given_fits_what_is():
     (["--upd", "3"], "--upd"), (["--update", "3"], "did you mean --updates?"),
     (["--preset", "huge"], "'huge' (choose from"), (["--nonsense"], "--nonsense"),
     (["--updates", "many"], "invalid int value: 'many'"), (["--lr"], "expected one argument"),
+    ([""], "unrecognized arguments"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(argv, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
