@@ -18,6 +18,7 @@ import csv
 import functools
 import hashlib
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,12 +60,16 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad:
     for path in (output, f"{output}.bad"):
         if os.path.exists(path):
             raise InputError(f"{path} exists: remove it or choose another name")
+    if not os.path.basename(output):
+        raise InputError(f"{output} is a folder: name a file in it")
     if {"\n", "\r"} & set(os.path.abspath(folder)):
         raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    write_lines(f"{output}.try", [])  # what cannot be written is told before the work
+    os.remove(f"{output}.try")
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
         rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
     good, bad = [row[0] for row in rows if row[0]], [*(row[1] for row in rows if row[1]), *bad]
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     if bad:
         write_lines(f"{output}.bad", bad)
     if not good:
@@ -92,9 +97,11 @@ def scan(folder: str, output: str, labels: str | None) -> None:
         return write_manifest(output, folder, [(path, "") for path in files])
     found = {path: [path.parent.name] for path in files if path.parent != Path(folder)}
     if labels:
-        rows = read_table(labels)
+        rows = read_table(labels, skipinitialspace=True)
         if rows and rows[0][0].lower() in ("file", "filename", "path"):
-            rows = rows[1:]
+            more, rows = rows[0][2:], rows[1:]
+            if odd := [title for title in more if title and not title.lower().startswith("label")]:
+                raise InputError(f"{labels}: the column {odd[0]!r} is no label: remove it, or name it label")
         found = {Path(folder, name): [] for name, *_ in rows}
         for name, *cells in rows:  # several of a file add up
             found[Path(folder, name)] += ",".join(cells).split(",")
@@ -113,15 +120,20 @@ def released(source: str, output: str) -> None:
     try:
         root, *lines = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff").split("\n")
         lbl = Path(source).with_suffix(".lbl")
-        labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else []
+        labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else None
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from None
     names = [line.rsplit(None, 1)[0] for line in lines if line.strip()]
-    labels = [(line.split() + ["", ""])[1] for line in labels if line.strip()] or [""] * len(names)
-    if len(labels) != len(names) or (lbl.exists() and not all(labels)):
+    rows = [["", ""]] * len(names)
+    if labels is not None:
+        rows = [line.rsplit(None, 1) for line in labels if line.strip()]
+    if len(rows) != len(names) or any(len(row) < 2 for row in rows):
         raise InputError(f"{lbl} must have one line 'id label,label' for each of the {len(names)} clips")
+    ids, stems = [row[0].strip() for row in rows], [Path(name).stem for name in names]
+    if ids != stems and sorted(ids) == sorted(stems):
+        raise InputError(f"{lbl} lists the clips in another order than {source}")
     root = os.path.join(os.path.dirname(source), root.strip())
-    write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
+    write_manifest(output, root, [(Path(root, name), own) for name, (_, own) in zip(names, rows)])
 
 
 def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
@@ -259,27 +271,49 @@ def speechcommands(folder: str, output: str) -> None:
         write_manifest(f"{output}/{part}.tsv", folder, files[part], bad)
 
 
+def begins_at(rest: str, start: float) -> bool:
+    """Whether the rest of a file's name, behind its YTID, allows that it begins at `start` seconds."""
+    numbers = re.fullmatch(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?", rest)
+    return not numbers or float(numbers[1]) in (start, 1000 * start)
+
+
+def can_be_read(path: Path) -> bool:
+    try:
+        return bool(count_samples(path))
+    except (InputError, OSError):
+        return False
+
+
 def audioset(segments: str, labels: str, folder: str, output: str) -> None:
     """A manifest of the clips of an AudioSet list (YTID, start, end, "label,label") that are below a folder.
 
     `labels` is class_labels_indices.csv; a clip's file is known by the 11 characters of its YTID at the
-    beginning of the name, or behind a Y.
+    beginning of the name, or behind a Y; and by its start, in s or ms, if only numbers follow.
     """
     known, rows = read_classes(labels), read_table(segments, skipinitialspace=True)
-    if not rows or any(len(row) < 4 for row in rows):
+    if not rows or any(len(row) < 4 or not re.fullmatch(r"\d+(\.\d+)?", row[1]) for row in rows):
         raise InputError(f"{segments} is not a list of AudioSet segments: YTID, start, end, labels")
-    by_id = {}
+    by_id, behind_y = {}, {}
     for path in find_audio(folder):
         if len(path.stem) > 11 and path.stem[0] == "Y":
-            by_id.setdefault(path.stem[1:12], path)
+            behind_y.setdefault(path.stem[1:12], []).append((path, path.stem[12:]))
         if len(path.stem) == 11 or path.stem[11:12] in ("_", "-", "."):
-            by_id[path.stem[:11]] = path
+            by_id.setdefault(path.stem[:11], []).append((path, path.stem[11:]))
     for row in rows:
         if unknown := set(row[3].split(",")) - known.keys():
             what = f"{row[0]} has the label {min(unknown)!r}"
             raise InputError(f"{segments}: {what}, which {labels} does not list")
-    files = [(by_id[row[0]], row[3]) for row in rows if row[0] in by_id]
-    bad = [f"{row[0]}\tno such file" for row in rows if row[0] not in by_id]
+    files, bad = [], []
+    for name, start, _, own, *_ in rows:
+        found = by_id.get(name) or behind_y.get(name, [])
+        paths = [path for path, rest in found if begins_at(rest, float(start))]
+        paths = [path for path in paths if len(paths) == 1 or can_be_read(path)] or paths[:1]
+        if len(paths) == 1:
+            files.append((paths[0], own))
+        else:
+            problem = f"no file that begins at {start} s" if found else "no such file"
+            problem = f"several files: {', '.join(path.name for path in paths)}" if paths else problem
+            bad.append(f"{name}\t{problem}")
     write_manifest(output, folder, files, bad)
 
 

@@ -90,6 +90,12 @@ def test_scan_labels_by_a_table(tmp_path, script, header):
         (tmp_path / "other.csv").write_text(text)
         with pytest.raises(InputError, match="none of the 4 audio files has a label in .*other.csv"):
             prepare.scan(str(tmp_path / "in"), str(tmp_path / "x.tsv"), str(tmp_path / "other.csv"))
+    (tmp_path / "more.csv").write_text("file,label,split\na.wav,dog,train\n")
+    with pytest.raises(InputError, match="more.csv: the column 'split' is no label: remove it"):
+        prepare.scan(str(tmp_path / "in"), str(tmp_path / "x.tsv"), str(tmp_path / "more.csv"))
+    (tmp_path / "quoted.csv").write_text(header + 'a.wav, "dog,bark"\nc.wav, "dog"\n')
+    prepare.scan(str(tmp_path / "in"), str(tmp_path / "quoted.tsv"), str(tmp_path / "quoted.csv"))
+    assert [row[2] for row in rows_of(tmp_path / "quoted.tsv")] == ["dog,bark", "dog"]
     (tmp_path / "rows.csv").write_text(header + "a.wav,dog\nc.wav,rain\na.wav,cat\na.wav,dog\n")
     prepare.scan(str(tmp_path / "in"), str(tmp_path / "rows.tsv"), str(tmp_path / "rows.csv"))
     dataset = AudioDataset(tmp_path / "rows.tsv")  # several rows of a file add up
@@ -421,17 +427,26 @@ def test_audioset_clips_by_their_id(tmp_path, script, monkeypatch):
         'YxY_-abc012, 30.000, 40.000, "/m/09x0r,/m/05zppz"\n'
         'Zbcdefghijk, 30.000, 40.000, "/m/05zppz"\n'
         'missing_one, 30.000, 40.000, "/m/05zppz"\n'
+        'another_cut, 30.000, 40.000, "/m/05zppz"\nseveral_one, 30.000, 40.000, "/m/05zppz"\n'
     )
-    for name in ("sub/--4gqARaEJE.wav", "YYxY_-abc012.flac", "Zbcdefghijk_30.000_40.000.wav"):
+    for name in (
+        "sub/--4gqARaEJE.wav", "YYxY_-abc012.flac", "Zbcdefghijk_30.000_40.000.wav",
+        "Zbcdefghijk_90.000_100.000.wav", "another_cut_000090.wav", "several_one_30000.wav",
+        "several_one.wav",
+    ):  # fmt: skip
         wav(tmp_path / "audio" / name)
+    (tmp_path / "audio" / "Zbcdefghijk_30.m4a").write_text("unreadable")
     out = script(PREPARE, "audioset", "segments.csv", "labels.csv", "audio", "-o", "train.tsv").stdout
-    assert "train.tsv: 3 clips" in out and "1 left out, listed in train.tsv.bad" in out
+    assert "train.tsv: 3 clips" in out and "3 left out, listed in train.tsv.bad" in out
     assert rows_of(tmp_path / "train.tsv") == [
         ["sub/--4gqARaEJE.wav", "8000", "/m/09x0r"],
         ["YYxY_-abc012.flac", "8000", "/m/09x0r,/m/05zppz"],
         ["Zbcdefghijk_30.000_40.000.wav", "8000", "/m/05zppz"],
     ]
-    assert "missing_one" in (tmp_path / "train.tsv.bad").read_text()
+    assert (tmp_path / "train.tsv.bad").read_text().splitlines() == [
+        "missing_one\tno such file", "another_cut\tno file that begins at 30.000 s",
+        "several_one\tseveral files: several_one.wav, several_one_30000.wav",
+    ]  # fmt: skip
     found = open_labelled(tmp_path / "train.tsv", 64, read_classes(tmp_path / "labels.csv"))
     assert found.targets.tolist() == [[True, False], [True, True], [False, True]]
     (tmp_path / "segments.csv").write_text('--4gqARaEJE, 0.000, 10.000, "/m/other"\n')
@@ -522,6 +537,27 @@ def test_released_labels_that_do_not_match(tmp_path, lbl):
     ):
         prepare.released(str(tmp_path / "old.tsv"), str(tmp_path / "new.tsv"))
     assert not (tmp_path / "new.tsv").exists()
+
+
+def test_released_labels_in_another_order_and_ids_with_spaces(tmp_path):
+    wav(tmp_path / "a 1.wav"), wav(tmp_path / "b 1.wav")
+    (tmp_path / "old.tsv").write_text(".\na 1.wav 8000\nb 1.wav 8000\n")
+    (tmp_path / "old.lbl").write_text("b 1\t/m/02\na 1\t/m/01\n")
+    with pytest.raises(InputError, match="old.lbl lists the clips in another order than .*old.tsv"):
+        prepare.released(str(tmp_path / "old.tsv"), str(tmp_path / "new.tsv"))
+    (tmp_path / "old.lbl").write_text("a 1\t/m/01\nb 1\t/m/02\n")
+    prepare.released(str(tmp_path / "old.tsv"), str(tmp_path / "new.tsv"))
+    assert rows_of(tmp_path / "new.tsv") == [["a 1.wav", "8000", "/m/01"], ["b 1.wav", "8000", "/m/02"]]
+
+
+def test_what_cannot_be_written_is_told_before_the_scan(folder, monkeypatch):
+    monkeypatch.setattr(prepare, "count_samples", lambda path: pytest.fail("it scans"))
+    (folder / "file").write_text("")
+    with pytest.raises(InputError, match="new/ is a folder: name a file in it"):
+        prepare.scan(str(folder), f"{folder}/new/", labels=None)
+    with pytest.raises(OSError):
+        prepare.scan(str(folder), f"{folder}/file/x.tsv", labels=None)
+    assert not (folder / "new").exists()
 
 
 def test_released_lists_of_other_places(tmp_path):
