@@ -174,14 +174,16 @@ def from_hugging_face(path: Path) -> dict:
     config = json.loads(path.with_name("config.json").read_text())
     with safe_open(path, "pt") as file:
         weights = renamed({name: file.get_tensor(name) for name in file.keys()}, 1, "model.")
-        ours = json.loads((file.metadata() or {}).get("eat", "{}"))  # written by `export`
+        ours = (file.metadata() or {}).get("eat")  # written by `export`, lost when others save the tensors
+    ours = json.loads(ours or config.get("eat", "{}"))
     if config.get("layer_norm_first") or config.get("norm_eps", NORM_EPS) != NORM_EPS:
         raise ValueError("its blocks are not those of the published models (layer_norm_first, norm_eps)")
     claimed = dict(heads=config["num_heads"], mel_bins=config["mel_bins"], clip_frames=config["img_size"][0])
     network = network_of(weights, **claimed | ours.get("input", {}))
     if "head.weight" not in weights:
         return dict(network=network, student=weights, teacher=None)
-    classes = name_classes([*config.get("id2label", {}).values()], weights)
+    names = {int(i): name for i, name in config.get("id2label", {}).items()}  # in any order
+    classes = name_classes([names[i] for i in sorted(names)], weights)
     head = dict(classes=classes, norm_eps=1e-5)  # as the published code makes this norm
     return dict(network=network, classifier=weights, head=head | ours.get("head", {}))
 
@@ -235,7 +237,7 @@ def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
         post_mlp_drop=0.0, start_drop_path_rate=0.0, end_drop_path_rate=0.0, layer_norm_first=False,
         norm_eps=NORM_EPS, norm_affine=True, fixed_positions=True, img_size=[n["clip_frames"], n["mel_bins"]],
         id2label={str(i): name for i, name in enumerate(classes.values())},
-        auto_map={f"Auto{kind}": CODE + name for kind, name in AUTO.items()},
+        eat=metadata["eat"], auto_map={f"Auto{kind}": CODE + name for kind, name in AUTO.items()},
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     card = model_card(folder.resolve().name, state, sum(map(torch.numel, encoder.values())))

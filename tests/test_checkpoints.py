@@ -172,7 +172,7 @@ def test_export_has_the_published_keys_shapes_and_fields(tmp_path, name):
             assert torch.equal(ours[key], value), key
     texts = ((folder / "config.json").read_text() for folder in (tmp_path / "out", theirs))
     config, expected = map(json.loads, texts)
-    assert [key for key in config if key not in ("auto_map", "id2label")] == list(expected)
+    assert [key for key in config if key not in ("eat", "auto_map", "id2label")] == list(expected)
     different = {key for key in expected if config[key] != expected[key]}
     assert different <= {"max_length"} | (set() if is_tuned else {"num_classes"})
 
@@ -339,8 +339,32 @@ def test_an_export_says_whose_code_reads_it_and_what_it_is(tmp_path):
     foreign = tmp_path / "foreign"  # without what we add for ourselves, the names still travel
     foreign.mkdir()
     save_file(weights_of(tmp_path / "my-eat"), foreign / "model.safetensors")
-    shutil.copy(tmp_path / "my-eat" / "config.json", foreign)
+    (foreign / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eat"}))
     assert list(AudioClassifier.from_pretrained(foreign).classes) == ["A bird, singing", "Bell"]
+
+
+def test_an_export_that_others_saved_anew(tmp_path):
+    """Without the metadata of its tensors, and with the keys of its config sorted as text, it is the same."""
+    config = dataclasses.replace(MODELS["tiny"], clip_frames=64, norm_mean=-5.0, norm_std=3.0)
+    model = AudioClassifier(config, {f"c{i}": f"Name {i}" for i in range(12)}, exclusive=True)
+    save_checkpoint(
+        tmp_path / "last.pt", step=1, network=dataclasses.asdict(config), head=model.head_settings,
+        classifier=model.state_dict(),
+    )  # fmt: skip
+    export(tmp_path / "last.pt", tmp_path / "eat")
+    path = tmp_path / "eat" / "model.safetensors"
+    save_file(weights_of(tmp_path / "eat"), path, metadata=dict(format="pt"))
+    settings = json.loads((tmp_path / "eat" / "config.json").read_text())
+    (tmp_path / "eat" / "config.json").write_text(json.dumps(settings, sort_keys=True))
+    again = AudioClassifier.from_pretrained(tmp_path / "eat")
+    c = again.config
+    assert (c.clip_frames, c.norm_mean, c.norm_std) == (64, -5.0, 3.0)
+    assert again.head_settings == model.head_settings
+    assert list(again.classes.items()) == list(model.classes.items())
+    del settings["eat"]  # as in folders of others, which hold names only
+    (tmp_path / "eat" / "config.json").write_text(json.dumps(settings, sort_keys=True))
+    foreign = AudioClassifier.from_pretrained(tmp_path / "eat")
+    assert list(foreign.classes.values()) == list(model.classes.values())
 
 
 def test_classes_of_the_same_name_come_from_a_foreign_folder(tmp_path):
