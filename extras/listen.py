@@ -9,13 +9,14 @@ CKPT is what model.read_pretrained knows: a run folder, a .pt file, released wei
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -287,21 +288,34 @@ def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path
     return [Path(output, f"{name}.npz") for name in names]
 
 
+@contextlib.contextmanager
+def written(path: Path) -> Iterator:
+    """A file to write to, which has its name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_manifest_features(args: argparse.Namespace, encoder: Encoder, device: torch.device) -> int:
     """Write the features of a manifest's clips, as the probes see them; returns the exit status."""
     data = AudioDataset(args.inputs[0], encoder.config.clip_frames, segments=False, allow_silence=True)
-    Path(args.features).parent.mkdir(parents=True, exist_ok=True)
-    found = predict(pooled(encoder, args.pooling, args.block), data, encoder.config, device, args.workers)
+    function = pooled(encoder, args.pooling, args.block)
+    with written(Path(args.features)) as file:  # what cannot be written is told before the work
+        found = predict(function, data, encoder.config, device, args.workers)
+        items = found.items.tolist()
+        arrays = dict(labels=[",".join(data.labels(i)) for i in items], files=[data.name(i) for i in items])
+        np.savez(file, features=found.values.numpy(), **{k: np.array(v) for k, v in arrays.items()})
     for problem in found.problems:
         print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
-    items = found.items.tolist()
-    arrays = dict(labels=[",".join(data.labels(i)) for i in items], files=[data.name(i) for i in items])
-    np.savez(args.features, features=found.values.numpy(), **{k: np.array(v) for k, v in arrays.items()})
-    n_cut = int((data.manifest.n_samples[data.line[found.items]] > clip_samples(data.n_frames)).sum())
     n_bad = len(found.problems) + len(data.too_short)
     print(f"{args.features}: features {tuple(found.values.shape)}; {n_bad} clips cannot be used")
-    if n_cut:
-        print(f"{n_cut} clips are longer than {data.n_frames} frames: the features are of their beginning")
+    if data.n_cut:
+        print(f"{data.n_cut} clips are longer than {data.n_frames} frames: features are of their beginning")
     return 0
 
 
@@ -342,8 +356,8 @@ def main() -> int:
         if args.features:
             arrays, problem = features(encode, path, encoder.config, device)
             if arrays:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(place, **arrays)
+                with written(place) as file:
+                    np.savez(file, **arrays)
             n_good += bool(arrays)
             if problem:
                 tqdm.write(f"{path} cannot be used: {problem}", file=sys.stderr)

@@ -186,7 +186,8 @@ def plot_timeline(model: AudioClassifier, path: str, checkpoint: str = "", n_cla
     axis.set_yticks(range(len(chosen)), [names[i] for i in chosen], parse_math=False)
     axis.set(xlabel=f"time / {unit}", xlim=(0, edges[-1]), ylim=(rows[-1], rows[0]))
     figure.colorbar(image, ax=axis, label="probability")
-    return head(figure, f"{path} ({clock(end)})", f"what {checkpoint} hears")
+    part = f", heard in part: {problem}" if problem else ""
+    return head(figure, f"{path} ({clock(end)}{part})", f"what {checkpoint} hears")
 
 
 def main() -> int:

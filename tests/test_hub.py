@@ -163,6 +163,14 @@ def test_the_frames_of_hear_are_the_features_of_listen(encoder, tmp_path):
     torch.testing.assert_close(frames[0, ::6, 512:], torch.from_numpy(arrays["cls"]))
 
 
+def test_frames_of_hear_do_not_drift(encoder, monkeypatch):
+    """Of a network whose clips are no multiple of a patch: the rest after the last patch is not skipped."""
+    model = hear_api.load_model(str(encoder))
+    model.config = dataclasses.replace(model.config, clip_frames=100)
+    frames, times = hear_api.get_timestamp_embeddings(tone(160_000)[None], model)
+    assert frames.shape[1] == times.shape[1] == 160_000 // 2560
+
+
 def test_an_encoder_for_xares(encoder, monkeypatch):
     """By what X-ARES does with the file: one name ends in Encoder; then its own checker, where it is."""
     monkeypatch.setenv("EAT_CHECKPOINT", str(encoder))

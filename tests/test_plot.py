@@ -121,6 +121,15 @@ def test_a_timeline_shows_every_window_below_its_spectrogram(runs):
     assert boxes[0].y0 > boxes[1].y1 and [boxes[0].x0, boxes[0].x1] == [boxes[1].x0, boxes[1].x1]
 
 
+def test_a_timeline_of_a_part_says_so(runs):
+    soundfile.write(runs / "whole.flac", tone(16_000).repeat(20).numpy(), 16_000)
+    data = (runs / "whole.flac").read_bytes()
+    (runs / "cut.flac").write_bytes(data[: len(data) // 2])
+    model = AudioClassifier.from_pretrained(runs / "classifier.pt")
+    said = title(plot.plot_timeline(model, str(runs / "cut.flac")))[0]
+    assert "cut.flac (0:" in said and ", heard in part: " in said
+
+
 def test_the_timeline_of_a_long_file_counts_minutes(runs):
     """And its spectrogram has no more columns than can be seen."""
     soundfile.write(runs / "long.wav", tone(16_000).repeat(240).numpy(), 16_000)

@@ -34,7 +34,7 @@ def get_timestamp_embeddings(audio: Tensor, model: nn.Module) -> tuple[Tensor, T
     c, audio, frames = model.config, audio.to(model.cls_token.device), []
     encode, shift = tokens_after(model), c.patch_size * FRAME_SHIFT
     width = clip_samples(c.clip_frames)
-    for start in range(0, max(1, audio.shape[1] - shift + 1), c.clip_frames * FRAME_SHIFT):
+    for start in range(0, max(1, audio.shape[1] - shift + 1), c.grid(c.clip_frames)[0] * shift):
         piece = audio[:, start : start + width]
         n_samples = torch.full((len(piece),), piece.shape[1], device=piece.device)
         piece = F.pad(piece, (0, width - piece.shape[1]))
