@@ -39,8 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 
 SAMPLE_RATE = 16_000
 FRAME_LENGTH, FRAME_SHIFT = 400, 160  # 25 ms, 10 ms
-FFT_SIZE, MEL_BINS = 512, 128
-MEL_LOW, MEL_HIGH = 20.0, SAMPLE_RATE / 2
+FFT_SIZE, MEL_BINS, MEL_LOW, MEL_HIGH = 512, 128, 20.0, SAMPLE_RATE / 2
 PREEMPHASIS, LOG_FLOOR = 0.97, torch.finfo(torch.float32).eps  # silence is log(eps) = -15.94
 
 CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
@@ -287,10 +286,9 @@ class Clip(NamedTuple):
 
 class AudioDataset(Dataset):
     """The clips of a manifest, each cut into pieces of at most `n_frames` frames.
-    A clip twice as long as n_frames or longer gives several items, so that hour-long recordings are used to
-    the last piece that is full; the released code uses only the first n_frames, as `segments=False` does
-    here. An item that cannot be read is replaced by the first piece of the next clip that can, always the
-    same one. Raises InputError if nothing is usable."""
+    Hour-long recordings are used to the last piece that is full; without `segments`, as in the released code,
+    of `n_cut` longer clips only the first n_frames. An item that cannot be read is replaced by the first
+    piece of the next clip that can, always the same one. Raises InputError if nothing is usable."""
 
     def __init__(
         self, source: str | os.PathLike, n_frames: int = CLIP_FRAMES, min_samples: int = FRAME_LENGTH,
@@ -308,6 +306,7 @@ class AudioDataset(Dataset):
         lines, self.too_short = is_long.nonzero().flatten(), (~is_long).nonzero().flatten()
         if not len(lines):
             raise InputError(f"{source}: no clip has the {min_samples} samples that --min_samples asks for")
+        self.n_cut = 0 if segments else int((n_samples[lines] > clip_samples(n_frames)).sum())
         hop = n_frames * FRAME_SHIFT
         pieces = (n_samples[lines] // hop).clamp(min=1) if segments else torch.ones_like(lines)
         self.line = lines.repeat_interleave(pieces)                     # (items,) of the manifest
@@ -355,12 +354,13 @@ class AudioDataset(Dataset):
 
     def __getitem__(self, item: int) -> Clip:
         problem, stand_in = "", item
-        for _ in range(min(1000, len(self))):
+        for n_tried in range(min(1100, len(self))):
             try:
                 return Clip(self.read(stand_in), stand_in, problem)
             except (ValueError, OSError) as error:
                 problem = problem or f"{self.name(item)}\t{first_line(error)}"
-            stand_in = int(torch.searchsorted(self.line, self.line[stand_in], right=True)) % len(self)
+            line = self.line[stand_in] + max(0, n_tried - 1000) ** 3  # by leaps, at last: a folder is gone
+            stand_in = int(torch.searchsorted(self.line, line, right=True)) % len(self)
         raise InputError(f"{problem.expandtabs(1)}, nor can the clips after it. Is the data still there?")
 
 

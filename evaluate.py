@@ -40,6 +40,7 @@ from model import AudioClassifier, CheckpointError, Encoder, ModelConfig
 
 # What a setting may be: its type, in words, and the test
 Count = Annotated[int, "a whole number above 0", lambda x: 0 < x < 2**62]
+Frames = Annotated[int, "a multiple of 16, of a patch's frames", lambda x: 0 < x < 2**62 and x % 16 == 0]
 Whole = Annotated[int, "a whole number from 0 on", lambda x: 0 <= x < 2**62]
 Above0 = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
 AtLeast0 = Annotated[float, "a number from 0 on", lambda x: 0 <= x < math.inf]
@@ -66,8 +67,7 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     score on are not for other --data."""
 
     def refuse(message: str) -> None:
-        word = message.split(": ")[-1].partition(" ")[0]
-        near = difflib.get_close_matches(word, [f"--{name}" for name in fields])
+        near = difflib.get_close_matches(message.split(": ")[-1].split(" ")[0], map("--{}".format, fields))
         raise InputError(f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the flags'})")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -89,7 +89,7 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
             group.add_argument(f"--{name}", default=default, help=comment, **value)
     parser.set_defaults(**presets[first.parse_known_args(argv)[0].preset])
     values, usual = vars(parser.parse_args(argv)), vars(parser.parse_args([]))
-    given = {re.sub("^--(no-)?|=.*", "", word) for word in argv}
+    given = {re.sub("^--(no-)?|=.*", "", word) for word in argv if word.startswith("--")}
     derived = fields.keys() - given
     for name in derived & {"warmup", "ema_anneal"}:
         least = int(name == "ema_anneal")
@@ -397,9 +397,9 @@ def probe(
     x, x_test = found.values.to(device), found_test.values.to(device)
     if not (x.isfinite().all() and x_test.isfinite().all()):
         raise InputError("the encoder's features are not finite: its training has diverged")
-    n_bad = len(found.problems) + len(found_test.problems)
-    if n_bad and int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"WARNING: {n_bad} labelled clips cannot be used, the probes do without", file=sys.stderr)
+    n_bad, n_cut = len(found.problems) + len(found_test.problems), train.data.n_cut + test.data.n_cut
+    if (n_bad or n_cut) and int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"WARNING: probes: {n_bad} clips cannot be used, {n_cut} are cut to fit", file=sys.stderr)
     is_single = (y.sum(1) == 1).all() and (y_test.sum(1) == 1).all()
     metric = metric or ("accuracy" if is_single else "mAP")
     fits = dict(probe_linear=linear_probe, probe_knn=knn_probe)
@@ -489,8 +489,10 @@ def main() -> int:
     if rank == 0 and not args.test:
         for problem in problems:
             print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
-        folder = args.checkpoint if os.path.isdir(args.checkpoint) else "."
-        write_classes(Path(folder, "per_class.csv"), model, test.targets[found.items].sum(0), precision)
+        path = Path(args.checkpoint if os.path.isdir(args.checkpoint) else "", "per_class.csv")
+        write_classes(path, model, test.targets[found.items].sum(0), precision)
+        cut = f"; {test.data.n_cut} clips are longer than the network's: scored by their beginning"
+        print(f"each class: {path}{cut if test.data.n_cut else ''}", file=sys.stderr)
     return 0
 
 

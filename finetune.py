@@ -12,6 +12,7 @@ give them (README.md). Citations such as utils/mixup.py:22 point into the releas
 (github.com/cwx-worst-one/EAT at 06c1c34).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -31,10 +32,10 @@ from data import (
     Batch, ClipSampler, InputError, Labelled, open_labelled, seed_of, spectrogram, to_float,
 )  # fmt: skip
 from evaluate import (
-    Above0, AtLeast0, Below1, Count, Number, UpTo1, Whole, accumulating, check_settings, distribute,
-    parse_config, read_classes, run_script, score,
+    Above0, AtLeast0, Below1, Count, Frames, Number, UpTo1, Whole, accumulating, check_settings,
+    distribute, parse_config, read_classes, run_script, score,
 )  # fmt: skip
-from model import MODELS, AudioClassifier, Encoder, read_pretrained
+from model import MODELS, AudioClassifier, CheckpointError, Encoder, load_checkpoint, read_pretrained
 from pretrain import DEMO, Run, cosine_lr, descend
 
 
@@ -49,7 +50,7 @@ class FinetuneConfig:
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
     init: str = ""  # checkpoint to start from, own or released, or scratch
     model: Literal[*MODELS] = "base"  # size of --init scratch: a row of model.MODELS
-    clip_frames: Count = 1024  # frames of 10 ms of a clip, a multiple of 16; others are cut or padded
+    clip_frames: Frames = 1024  # frames of 10 ms of a clip, a multiple of 16; others are cut or padded
     norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
     norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
     min_samples: Whole = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
@@ -346,7 +347,8 @@ def train(config: FinetuneConfig) -> int:
     """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
     run = Run(config, growth_interval=16_384)
     (data, targets, classes), test, classifier = open_inputs(config, run.world)
-    initial = b"".join(p.detach().numpy().tobytes() for p in classifier.parameters())
+    read = classifier.encoder.parameters() if config.init != "scratch" else ()  # drawn ones vary with the CPU
+    initial = b"".join(p.detach().numpy().tobytes() for p in read)
     digests = dict(init=initial, classes="\n".join(classes).encode(errors="surrogateescape"))
     digests = {f"{name}_digest": hashlib.sha256(value).hexdigest() for name, value in digests.items()}
     digests |= dict(data_digest=data.digest(), eval_digest=test.data.digest())
@@ -365,6 +367,8 @@ def train(config: FinetuneConfig) -> int:
     )  # fmt: skip
     counts = f"{len(data):,} clips ({len(data.too_short)} more too short), {len(test.data):,} to evaluate on"
     run.say(f"{config.init}: {len(classes)} classes, {counts}")
+    if n_cut := data.n_cut + test.data.n_cut:
+        run.say(f"WARNING: of {n_cut} longer clips only the first {config.clip_frames} frames are used")
     if config.weighted and config.epoch_clips >= len(data):
         run.say("WARNING: --weighted has no effect: --epoch_clips draws every clip; choose fewer")
     if config.compile:
@@ -376,16 +380,21 @@ def train(config: FinetuneConfig) -> int:
         classifier.train()
         run.log(step=step, **scores)
         run.write("bad_files.tsv", found.problems if run.rank == 0 else [])
-        best = run.plain["best"]
-        if scores[config.metric] > best["score"]:
-            run.plain["best"] = dict(step=step, score=scores[config.metric])
+        if found.problems:
+            run.say(f"WARNING: {len(found.problems)} clips to evaluate on cannot be used: see bad_files.tsv")
+        best, new = run.plain["best"], dict(step=step, score=scores[config.metric], clips=scores["clips"])
+        if (new["clips"], new["score"]) > (best["clips"], best["score"]):  # of fewer, it says less
+            run.plain["best"] = new
             if not run.save("best.pt", step, classifier=classifier):
                 run.plain["best"] = best  # which the file still holds
 
     # Clips between evaluations: an epoch or, if that is more, a twentieth of the run
     stretch = config.batch_size * config.eval_every
     stretch = stretch or max(sampler.epoch_items, config.batch_size * config.updates // 20)
-    head, best = classifier.head_settings, state.get("best", dict(step=0, score=-1.0))
+    head, best = classifier.head_settings, dict(step=0, score=-1.0, clips=0)
+    if start and (path := run.out_dir / "best.pt").exists():  # it may be newer than the checkpoint
+        with contextlib.suppress(CheckpointError):
+            best |= load_checkpoint(path)["best"]
     for step in run.steps(start, network=asdict(classifier.config), head=head, best=best):
         if step and step * config.batch_size % stretch < config.batch_size:
             evaluate(step)

@@ -34,8 +34,8 @@ from data import (
     read_lines, seed_of, spectrogram, write_lines,
 )  # fmt: skip
 from evaluate import (
-    Above0, AtLeast0, Below1, Count, Number, UpTo1, Whole, accumulating, check_settings, distribute,
-    init_distributed, masked_std, parse_config, pick_precision, pooled, probe, run_script,
+    Above0, AtLeast0, Below1, Count, Frames, Number, UpTo1, Whole, accumulating, check_settings,
+    distribute, init_distributed, masked_std, parse_config, pick_precision, pooled, probe, run_script,
 )  # fmt: skip
 from masking import count_visible, flexible_block_mask, inverse_block_mask, visible_ids
 from model import (
@@ -55,7 +55,7 @@ class PretrainConfig:
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
     model: Literal[*MODELS] = "base"  # base (ViT-B), large (ViT-L), small, demo or tiny: rows of model.MODELS
     init: str = ""  # start from the student and teacher of this pre-training checkpoint, own or released
-    clip_frames: Count = 1024  # frames of 10 ms of a clip, a multiple of 16; shorter clips are padded
+    clip_frames: Frames = 1024  # frames of 10 ms of a clip, a multiple of 16; shorter clips are padded
     norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
     norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
     min_samples: Whole = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
@@ -346,7 +346,7 @@ class Run:
         old = state.get("settings", {})
         if changed := [k for k in settings | old if k not in may_change and old.get(k) != settings.get(k)]:
             diff = "; ".join(f"{k} was {old.get(k)}, now {settings.get(k)}" for k in changed)
-            more = f"; to train on, --init {self.out_dir}" if "updates" in changed else ""
+            more = f"; to go on, --init {self.out_dir}" if "updates" in changed and "teacher" in parts else ""
             raise InputError(f"{self.out_dir} has other settings ({diff}): choose another --out_dir{more}")
         with refusing(path):
             for name, part in parts.items() if path else ():  # a new run loads nothing

@@ -356,6 +356,19 @@ def test_a_damaged_long_file_is_stood_in_for_by_another(folder):
     assert dataset.name(first) == "clip 0.wav"
 
 
+def test_a_folder_that_is_gone_from_a_big_data_set_is_stood_in_for(folder):
+    """However many clips it had: after the next 1,000, clips farther away are tried."""
+    root, *lines = (folder / "manifest.tsv").read_text().splitlines()
+    gone = [f"gone/{i}.wav\t16000\tlow" for i in range(3000)]
+    (folder / "m.tsv").write_text("\n".join([root, *lines[:4], *gone, *lines[4:] * 100]) + "\n")
+    dataset = AudioDataset(folder / "m.tsv", segments=False)
+    for item in (4, 1000, 3003):
+        clip, again = dataset[item], dataset[item]
+        assert clip.problem == f"gone/{item - 4}.wav\tno such file" and clip.item > 3003
+        assert clip.item == again.item
+    assert dataset[3003].item == 3004  # the next, as long as one of the next can be read
+
+
 def test_a_vanished_folder_ends_the_run(tmp_path):
     (tmp_path / "m.tsv").write_text("audio\n" + "".join(f"{i}.wav\t16000\n" for i in range(150)))
     with pytest.raises(InputError, match="line 1: there is no folder"):

@@ -216,8 +216,8 @@ def brightness(spec: torch.Tensor) -> torch.Tensor:
 
 def test_probe_fits_one_set_and_scores_the_other(folder, capsys):
     """Accuracy where every clip of both has one class, else mAP, or what is asked for; a clip that cannot be
-    read is told and left out."""
-    one = open_labelled(folder / "manifest.tsv", 96)
+    read is told and left out, one that is cut is told."""
+    one = open_labelled(folder / "manifest.tsv", 160)
     assert probe(brightness, TINY, one, one, CPU) == dict(probe_linear=1.0, probe_knn=1.0)
     wrong = one._replace(targets=~one.targets)
     assert probe(brightness, TINY, one, wrong, CPU) == dict(probe_linear=0.0, probe_knn=0.0)
@@ -232,7 +232,10 @@ def test_probe_fits_one_set_and_scores_the_other(folder, capsys):
     assert capsys.readouterr().err == ""
     (folder / "clip 3.wav").write_text("damaged")
     assert probe(brightness, TINY, one, one, CPU)["probe_linear"] == 1.0
-    assert "2 labelled clips cannot be used" in capsys.readouterr().err
+    assert "probes: 2 clips cannot be used, 0 are cut" in capsys.readouterr().err
+    short = open_labelled(folder / "manifest.tsv", 96)
+    probe(brightness, TINY, short, one, CPU)
+    assert "probes: 2 clips cannot be used, 3 are cut" in capsys.readouterr().err
     with pytest.raises(InputError, match="features are not finite"):
         probe(lambda spec: brightness(spec) / 0, TINY, one, one, CPU)
 
@@ -419,7 +422,9 @@ def test_a_clip_longer_than_the_networks_is_cut(classifier, called):
     soundfile.write(classifier / "clip 0.wav", tone(64_000).numpy(), 16_000)
     text = (classifier / "manifest.tsv").read_text()
     (classifier / "long.tsv").write_text(text.replace("clip 0.wav\t8000", "clip 0.wav\t64000"))
-    long = json.loads(called(evaluate, "classifier.pt", "long.tsv", "--workers", 0).stdout)
+    result = called(evaluate, "classifier.pt", "long.tsv", "--workers", 0)
+    long = json.loads(result.stdout)
+    assert "per_class.csv; 4 clips are longer than the network's: scored by their beginning" in result.stderr
     soundfile.write(classifier / "clip 0.wav", tone(64_000)[: clip_samples(96)].numpy(), 16_000)
     cut = json.loads(called(evaluate, "classifier.pt", "manifest.tsv", "--workers", 0).stdout)
     assert long["clips"] == cut["clips"] == 8 and long["AUC"] == cut["AUC"]

@@ -166,6 +166,7 @@ def test_what_is_not_given_fits_what_is():
     own = parse("--data", "mine.tsv")
     assert usual.probe_train and usual.probe_test and not own.probe_train and not own.probe_test
     assert parse("--data", "mine.tsv", "--probe_train", "a.tsv").probe_train == "a.tsv"
+    assert parse("--out_dir", "data").probe_train  # a value that is called as a setting is none
     argv = "--preset demo --data x.tsv".split()
     assert not parse_config(finetune.FinetuneConfig, finetune.PRESETS, argv).eval_data
     with pytest.raises(InputError, match="--warmup 60 must be less than --updates 60"):
@@ -205,7 +206,8 @@ def test_wrong_flags_are_one_line(argv, message):
     (dict(beta1=2.0), "--beta1 must be from 0 to below 1"),
     (dict(norm_mean=math.inf), "--norm_mean must be a number"),
     (dict(clip_frames=20_000), "16 to 12288 clip_frames"),
-    (dict(clip_frames=8), "visible"),
+    (dict(clip_frames=1000), "--clip_frames must be a multiple of 16"),
+    (dict(clip_frames=0), "--clip_frames must be a multiple of 16"),
     (dict(mask_block_time=0), "--mask_block_time must be a whole number above 0"),
     (dict(mask_block_freq=9), "choose a smaller block"),
     (dict(amp="fp8"), "--amp fp8: choose from auto"),
