@@ -20,6 +20,8 @@ import pretrain
 from evaluate import parse_config, run_script
 from model import MODELS, AudioClassifier, save_checkpoint
 
+if "TEST_GPU" not in os.environ:  # bits and tolerances are a CPU's; TEST_GPU=1 pytest -k "gpu or cuda"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of all scripts: the tensors are small
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

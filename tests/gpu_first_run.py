@@ -5,12 +5,14 @@
     python tests/gpu_first_run.py updates OUT    an update in its variants: time, memory by clips, profiles
     python tests/gpu_first_run.py ddp OUT        NCCL; an overflow; 300 updates with a stop; fine-tuning
 
-Each part writes what it found to OUT/PART.json. Without a GPU it runs the same lines at a tiny size.
+Each part writes what it found to OUT/PART.json; its exit status is 1 if something that must hold does not.
+Without a GPU it runs the same lines at a tiny size.
 """
 
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -38,12 +40,20 @@ ROOT, BF16 = Path(__file__).resolve().parent.parent, torch.bfloat16
 OUT = Path(sys.argv[2] if len(sys.argv) > 2 else ".")
 SIZE = dict(rows=192, T=103, H=64, W=8, D=768, M=8192) if GPU else dict(rows=4, T=9, H=8, W=4, D=64, M=64)
 found: dict[str, float | str] = {}
+broken: list[str] = []
 
 
 def note(name: str, value) -> None:
     found[name] = value
     print(f"{name:66s} {value:10.4g}" if isinstance(value, float) else f"{name:66s} {value}", flush=True)
     (OUT / f"{sys.argv[1]}.json").write_text(json.dumps(found, indent=1))
+
+
+def check(name: str, value, holds: bool) -> None:
+    """Note what must hold."""
+    note(name, value)
+    if not holds:
+        broken.append(name)
 
 
 def ms(function, runs: int = 20, warmup: int = 5) -> float:
@@ -185,7 +195,7 @@ def updates() -> None:
         config = setting(**change)
         made, start = make(config), time.perf_counter()
         run = whole_update(config, *made)
-        run()
+        out = run()  # kept through the next update, as in pretrain.py
         note(f"update, {name}: the first (s)", time.perf_counter() - start)
         note(f"update, {name}: device (ms)", ms(run, 20, 4))
         start = time.perf_counter()
@@ -212,17 +222,21 @@ def updates() -> None:
             form = dict(sort_by="cuda_time_total", row_limit=40, max_name_column_width=110)
             table = profile.key_averages().table(**form)
             (OUT / f"profile_{name.replace(' ', '_')}.txt").write_text(table)
-        del made, run
+        del made, run, out
+        torch._dynamo.reset(), gc.collect()  # or the next size is compiled as one that varies
 
 
 def ddp() -> None:
     """NCCL with one process: three updates with and without DistributedDataParallel, whole and in parts; an
     overflow in fp16 and a nan in bf16 change no weight; then whole_runs."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29519")
-    dist.init_process_group("nccl" if GPU else "gloo", rank=0, world_size=1)
-    group = dist.new_group(backend="gloo")
-    code = torch.tensor(0)
-    dist.all_reduce(code, group=group)
+    backends = dict(backend="cpu:gloo,cuda:nccl", device_id=DEVICE) if GPU else dict(backend="gloo")
+    dist.init_process_group(rank=0, world_size=1, **backends)
+    code, rows, names = torch.tensor(3), torch.ones(2, 3, device=DEVICE), [None]
+    dist.all_reduce(code, dist.ReduceOp.MAX), dist.all_reduce(rows), dist.all_gather_object(names, "rank 0")
+    spread = evaluate.masked_std(torch.randn(1000, 8, device=DEVICE), torch.ones(1000, device=DEVICE))
+    good = code == 3 and rows.sum() == 6 and names == ["rank 0"] and abs(spread - 1) < 0.1
+    check("collectives on the CPU, the device and of objects", str(bool(good)), good)
     losses = {}
     for wrapped in (False, True):
         for accumulate in (1, 2):
@@ -231,7 +245,8 @@ def ddp() -> None:
             run = whole_update(config, *made, evaluate.distribute(made[0]) if wrapped else None)
             losses[wrapped, accumulate] = [run()["loss"].item() for _ in range(3)]
     for key, value in losses.items():
-        note(f"fp32, ddp {key[0]}, {key[1]} parts: three losses", " ".join(f"{x:.6f}" for x in value))
+        same = all(abs(x / y - 1) < 1e-3 for x, y in zip(value, losses[False, 1]))
+        check(f"fp32, ddp {key[0]}, {key[1]} parts: three losses", " ".join(f"{x:.6f}" for x in value), same)
     for amp in ("bf16", "fp16"):
         made = make(setting(amp=amp))
         run = whole_update(setting(amp=amp), *made)
@@ -243,47 +258,62 @@ def ddp() -> None:
             made[0].decoder.proj.weight.register_hook(lambda grad: grad * torch.nan)
         norm = run()["grad_norm"]
         same = all(torch.equal(before[k], v) for k, v in made[0].state_dict().items())
-        note(f"{amp}: gradient norm, weights unchanged", f"{norm.item()} {same}")
+        check(f"{amp}: gradient norm, weights unchanged", f"{norm.item()} {same}", same)
     dist.destroy_process_group()
-    whole_runs()
+    for amp in ("bf16", "fp16") if GPU else ("fp32",):
+        whole_runs(amp)
 
 
-def whole_runs() -> None:
-    """300 updates (tiny: 12), stopped by SIGTERM and gone on with, then fine-tuning from them: the scripts
-    themselves."""
-    log, size = OUT / "run" / "log.jsonl", "--preset demo --model tiny --batch_size 4 --updates 12"
+def whole_runs(amp: str) -> None:
+    """300 updates (tiny: 20), stopped by SIGTERM and gone on with, and without a stop; then fine-tuning: the
+    scripts themselves."""
+    size = "--preset demo --model tiny --batch_size 4 --updates 20"
     if GPU:
         size = "--batch_size 12 --updates 300 --min_samples 1600"
     command = [sys.executable, ROOT / "pretrain.py", *size.split(), "--data", pretrain.DEMO / "pretrain.tsv"]
-    command += "--warmup 4 --log_every 2 --probe_train= --probe_test= --out_dir".split() + [OUT / "run"]
-    process = subprocess.Popen(list(map(str, command)))
+    command += f"--amp {amp} --warmup 4 --log_every 2 --probe_train= --probe_test= --out_dir".split()
+    cut, uncut = ([str(word) for word in (*command, OUT / f"{amp}_{name}")] for name in ("cut", "uncut"))
+    log = OUT / f"{amp}_cut" / "log.jsonl"
+    process = subprocess.Popen(cut)
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    note("exit status after SIGTERM", str(process.wait()))
+    status, stopped = process.wait(), model.load_checkpoint(log.with_name("last.pt"))["step"]
+    check(f"{amp}: exit status after SIGTERM", str(status), status == 143)
     start = time.perf_counter()
-    note("exit status of the resumed run", str(subprocess.run(list(map(str, command))).returncode))
-    last = [json.loads(line) for line in log.read_text().splitlines()][-1]
-    note("resumed run: seconds", time.perf_counter() - start)
-    note("resumed run: updates, loss", f"{last['step']} {last['loss']:.4f}")
-    note("resumed run: an update (ms), waiting for data", f"{last['step_ms']:.1f} {last['data_wait']:.4f}")
-    tune = [sys.executable, ROOT / "finetune.py", "--init", OUT / "run", "--out_dir", OUT / "tuned"]
+    statuses = [subprocess.run(cut).returncode]
+    note(f"{amp}: resumed run: seconds", time.perf_counter() - start)
+    statuses.append(subprocess.run(uncut).returncode)
+    name = f"{amp}: exit status of the resumed run, and of one without a stop"
+    check(name, " ".join(map(str, statuses)), statuses == [0, 0])
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    whole = map(json.loads, (OUT / f"{amp}_uncut" / "log.jsonl").read_text().splitlines())
+    whole, last = {r["step"]: r["loss"] for r in whole}, records[-1]
+    note(f"{amp}: resumed run: from update, updates, loss", f"{stopped} {last['step']} {last['loss']:.4f}")
+    later = [r for r in records if r["step"] > stopped + 2]  # the line before is the mean of fewer updates
+    differences = [abs(r["loss"] / whole[r["step"]] - 1) for r in later]
+    check(f"{amp}: resumed run: largest difference of a loss", max(differences), max(differences) < 0.02)
+    note(f"{amp}: an update (ms), waiting for data", f"{last['step_ms']:.1f} {last['data_wait']:.4f}")
+    tune = [sys.executable, ROOT / "finetune.py", "--init", OUT / f"{amp}_cut", "--amp", amp]
     tune += "--preset demo --warmup 4 --updates".split() + ["50" if GPU else "5"]
-    note("exit status of fine-tuning", str(subprocess.run(list(map(str, tune))).returncode))
+    tune += ["--out_dir", OUT / f"{amp}_tuned"]
+    status = subprocess.run(list(map(str, tune))).returncode
+    check(f"{amp}: exit status of fine-tuning", str(status), status == 0)
 
 
 def agree() -> None:
     """The same first update of the base network in every type, on the CPU and the GPU."""
     from test_pretrain import one_update
 
-    config = setting(batch_size=1, updates=9)
+    config, exact = setting(batch_size=1, updates=9), {}
     for device, amp, compiled in (
         ("cpu", "fp32", False), *((("cuda", amp, False) for amp in ("fp32", "bf16", "fp16")) if GPU else ()),
         *((("cuda", "bf16", True),) if GPU else (("cpu", "bf16", False),)),
     ):  # fmt: skip
         got = one_update(dataclasses.replace(config, amp=amp), device, compiled)
-        numbers = " ".join(f"{k} {v:.5g}" for k, v in got.items())
-        note(f"first update, {device}, {amp}, compiled {compiled}", numbers)
+        numbers, exact = " ".join(f"{k} {v:.5g}" for k, v in got.items()), exact or got
+        near = abs(got["loss"] / exact["loss"] - 1) < (1e-3 if amp == "fp32" else 0.02)
+        check(f"first update, {device}, {amp}, compiled {compiled}", numbers, near)
 
 
 if __name__ == "__main__":
@@ -294,3 +324,5 @@ if __name__ == "__main__":
         versions = (torch.__version__, torch.backends.cudnn.version(), torch.cuda.nccl.version())
         note("torch, cuDNN, NCCL", " ".join(map(str, versions)))
     dict(kernels=kernels, updates=updates, ddp=ddp, agree=agree)[sys.argv[1]]()
+    print(*(f"BROKEN: {name}" for name in broken), sep="\n")
+    sys.exit(len(broken) > 0)
