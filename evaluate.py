@@ -154,9 +154,9 @@ def pick_precision(amp: str, device: torch.device) -> tuple[str, torch.dtype]:
 def run_script(main: Callable[[], int]) -> None:
     """Run a script to its exit status; user errors are printed in one line, by one process."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
-    status, line, get_store = 1, "", dist.distributed_c10d._get_default_store
+    status, line, get_store = 1, None, dist.distributed_c10d._get_default_store
     try:
-        status = main()
+        status, line = main(), ""
     except KeyboardInterrupt:
         line = "interrupted"
     except (InputError, CheckpointError, OSError) as error:  # of a loader, the last line of its traceback
@@ -173,7 +173,7 @@ def run_script(main: Callable[[], int]) -> None:
     elif line and not is_joined:
         time.sleep(10)  # torchrun ends all with the first that ends: let that be the one that speaks
     gc.collect()  # a DistributedDataParallel left over would keep the group's threads beyond Python's end
-    if is_joined and not line:
+    if is_joined and line == "":  # after an error of others NCCL would wait for them here
         dist.destroy_process_group()
     sys.exit(status)
 

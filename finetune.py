@@ -86,7 +86,7 @@ class FinetuneConfig:
     compile: bool = False  # torch.compile the network
     workers: Whole = 4  # loader processes of a training process, one for each core at most
     log_every: Count = 100  # updates between log lines
-    save_every: Count = 1000  # updates between checkpoints
+    save_every: Count = 10_000  # updates between checkpoints
     save_minutes: Above0 = 10.0  # minutes between checkpoints at most
     eval_every: Whole = 0  # updates between evaluations, 0 = an epoch, or a twentieth of the run if longer
     seed: Whole = 1  # seed of everything random
@@ -347,10 +347,11 @@ def train(config: FinetuneConfig) -> int:
     """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
     run = Run(config, growth_interval=16_384)
     (data, targets, classes), test, classifier = open_inputs(config, run.world)
-    read = classifier.encoder.parameters() if config.init != "scratch" else ()  # drawn ones vary with the CPU
-    initial = b"".join(p.detach().numpy().tobytes() for p in read)
-    digests = dict(init=initial, classes="\n".join(classes).encode(errors="surrogateescape"))
-    digests = {f"{name}_digest": hashlib.sha256(value).hexdigest() for name, value in digests.items()}
+    init = hashlib.sha256(config.model.encode() if config.init == "scratch" else b"")
+    for p in classifier.encoder.parameters() if config.init != "scratch" else ():  # drawn ones vary by CPU
+        init.update(p.detach().numpy().tobytes())
+    names = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
+    digests = dict(init_digest=init.hexdigest(), classes_digest=names.hexdigest())
     digests |= dict(data_digest=data.digest(), eval_digest=test.data.digest())
     classifier.to(run.device).train()
     betas, decay = (config.beta1, config.beta2), config.weight_decay
@@ -359,8 +360,8 @@ def train(config: FinetuneConfig) -> int:
 
     # Resume: weights and optimizer from the newest checkpoint, clips from its update on
     saved = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
-    state = run.resume(saved, MAY_CHANGE, **digests)
-    start, process = state["step"], (run.rank, run.world, config.accumulate)
+    start = run.resume(saved, MAY_CHANGE, **digests)["step"]
+    process = (run.rank, run.world, config.accumulate)
     weights = sampling_weights(targets) if config.weighted else None
     sampler = ClipSampler(
         len(data), config.batch_size, config.seed, start, *process, weights, config.epoch_clips

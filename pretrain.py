@@ -89,7 +89,7 @@ class PretrainConfig:
     compile: bool = False  # torch.compile the networks
     workers: Whole = 4  # loader processes of a training process, one for each core at most
     log_every: Count = 100  # updates between log lines
-    save_every: Count = 1000  # updates between checkpoints
+    save_every: Count = 10_000  # updates between checkpoints (released code)
     save_minutes: Above0 = 10.0  # minutes between checkpoints at most
     seed: Whole = 1  # seed of everything random
     # When to stop
@@ -404,16 +404,16 @@ class Run:
         for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
             begin = time.perf_counter()
             yield step
-            now, n_left = time.perf_counter(), updates - step - 1
+            agreed.fill_(self.status)
+            if self.world > 1:
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
+            now, n_left = time.perf_counter(), updates - step - 1  # after it: here the slowest is waited for
             self.seconds, self.begun = self.seconds + now - self.begun, 0.0
             if step == start + 2:  # the first ones are slower
                 days = min(1e5, n_left * (now - begin) / 86_400)
                 end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + 86_400 * days))
                 advice = f"\n{days:.0f} days: did you mean --preset demo, --model small?" if days > 3 else ""
                 self.say(f"an update takes {now - begin:.2f} s: {n_left:,} more until {end}{advice}")
-            agreed.fill_(self.status)
-            if self.world > 1:
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
             is_time = time.monotonic() > self.saved + 60 * self.config.save_minutes
             if is_time or (step + 1) % save_every == 0 or step + 1 == updates or agreed > 128:
                 self.save("last.pt", step + 1)
@@ -455,18 +455,18 @@ class Run:
         """Log the means of `history` over all processes since the last such line; stop a run that is ill."""
         names, c = list(self.history[0]), self.config
         rows = torch.stack([torch.stack([numbers[name] for name in names]) for numbers in self.history])
-        clips, bad = torch.tensor([self.n_bad, self.n_read]), [self.bad] * self.world
+        sums, bad = torch.tensor([self.n_bad, self.n_read, self.waited]).double(), [self.bad] * self.world
         if self.world > 1:
-            dist.all_reduce(rows), dist.all_reduce(clips), dist.all_gather_object(bad, self.bad)
-        is_good, (n_bad, n_read) = rows.isfinite().all(1), clips.tolist()
+            dist.all_reduce(rows), dist.all_reduce(sums), dist.all_gather_object(bad, self.bad)
+        is_good, (n_bad, n_read, waited) = rows.isfinite().all(1), sums.tolist()
         means = (rows[is_good].mean(0) / self.world).tolist() if is_good.any() else [None] * len(names)
         seconds = self.seconds + time.perf_counter() - self.begun
         self.write("bad_files.tsv", sorted(set().union(*bad)) if self.rank == 0 else [])
         self.log(
-            step=step, **dict(zip(names, means)), **more, skipped=int((~is_good).sum()), bad_clips=n_bad,
+            step=step, **dict(zip(names, means)), **more, skipped=int((~is_good).sum()), bad_clips=int(n_bad),
             clips_per_s=len(rows) * c.batch_size / seconds, step_ms=1000 * seconds / len(rows),
-            minutes_left=(c.updates - step) * seconds / len(rows) / 60, data_wait=self.waited / seconds,
-            gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+            minutes_left=(c.updates - step) * seconds / len(rows) / 60,
+            data_wait=waited / self.world / seconds, gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
         )  # fmt: skip
         for good in is_good.tolist():
             self.n_skipped = 0 if good else self.n_skipped + 1
