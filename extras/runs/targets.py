@@ -6,6 +6,7 @@ A line for each checkpoint, and for its network untrained. `place`: share of the
 mean target of each place on the grid explains, which needs no listening. `error`: mean squared error of the
 student at masked patches, loss_frame / sqrt(width). `beyond place`: share of the rest that it predicts,
 1 - error / (1 - place). `rank`: effective rank of the rest, exp(entropy of its covariance's eigenvalues).
+`clip`: mean square of a clip's mean target, which the CLS token predicts; that of a single target is 1.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def describe(
     p = eigenvalues / eigenvalues.sum()
     error = torch.stack(errors).mean().item() / y.square().mean().item()
     rank = (-(p * p.log()).sum()).exp().item()
-    return dict(place=1 - left, error=error, beyond=1 - error / left, rank=rank)
+    clip = (y.mean(1).square().mean() / y.square().mean()).item()
+    return dict(place=1 - left, error=error, beyond=1 - error / left, rank=rank, clip=clip)
 
 
 def main() -> None:
@@ -62,14 +64,14 @@ def main() -> None:
         specs.append(spectrogram(batch.waveform, batch.n_samples, network.norm_mean, network.norm_std))
     torch.manual_seed(1)
     untrained = EAT(network)
-    print(f"{'checkpoint':40s} {'update':>6s}  place  error  beyond place  rank")
+    print(f"{'checkpoint':40s} {'update':>6s}  place  error  beyond place  rank   clip")
     for path in ("untrained", *args.checkpoints):
         known = path != "untrained"
         pair = EAT.from_pretrained(path) if known else (untrained, untrained.encoder)
         found = describe(*pair, specs, config)
         step = load_checkpoint(path)["step"] if known else 0
         print(f"{path[-40:]:40s} {step:6d}  {found['place']:5.3f}  {found['error']:5.3f}  ", end="")
-        print(f"{found['beyond']:12.3f}  {found['rank']:4.0f}")
+        print(f"{found['beyond']:12.3f}  {found['rank']:4.0f}  {found['clip']:5.4f}")
 
 
 if __name__ == "__main__":
