@@ -24,7 +24,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import InputError, write_lines  # noqa: E402
+from data import STOPPING, InputError, write_lines  # noqa: E402
 from evaluate import (  # noqa: E402
     init_distributed, mean_and_std, parse_config, pooled, probe, run_script, sounding,
 )  # fmt: skip
@@ -41,8 +41,7 @@ def fine_tune(config: FinetuneConfig) -> float:
     flags += [f"--{'' if value else 'no-'}{name}" for name, value in settings if isinstance(value, bool)]
     command = [sys.executable, ROOT / "finetune.py", *flags]
     process = subprocess.Popen(command, start_new_session=True)  # so that a signal reaches it once: from here
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOPPING}
     status = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -60,9 +59,8 @@ def log_mel_statistics(spec: Tensor) -> Tensor:
 def size_of(checkpoint: str) -> str:
     """The row of model.MODELS that a checkpoint's network is. Raises InputError if it is none."""
     network = read_pretrained(checkpoint)["network"]
-    sizes = ("width", "depth", "heads", "mlp_ratio", "patch_size")
     for name, model in MODELS.items():
-        if all(network[key] == getattr(model, key) for key in sizes):
+        if all(network[k] == getattr(model, k) for k in "width depth heads mlp_ratio patch_size".split()):
             return name
     raise InputError(f"{checkpoint} has the size of none of the models {', '.join(MODELS)}")
 
@@ -71,9 +69,8 @@ def rows_of(config: FinetuneConfig, rows: list[str]) -> dict[str, float]:
     """The rows of the table for one seed and fold."""
     (_, _, device), found = init_distributed(), {}
     tuned = dataclasses.replace(config, out_dir=f"{config.out_dir}/pretrained")
-    scratch = dataclasses.replace(config, init="scratch", out_dir=f"{config.out_dir}/scratch")
-    if set(rows) != {"tuned"}:
-        scratch = dataclasses.replace(scratch, model=size_of(config.init))
+    model = config.model if set(rows) == {"tuned"} else size_of(config.init)
+    scratch = dataclasses.replace(config, init="scratch", model=model, out_dir=f"{config.out_dir}/scratch")
     if "tuned" in rows:
         found["fine-tuned, pre-trained"] = fine_tune(tuned)
     if "scratch" in rows:
@@ -117,7 +114,8 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     presets = dict(demo=PRESETS["demo"]) | PRESETS
     config = parse_config(FinetuneConfig, presets, rest)
-    first = [fill(word, config.seed, find_folds(config)[0]) for word in rest]  # `own` is fitted to these
+    plan, folds = [], find_folds(config)
+    first = [fill(word, config.seed, folds[0]) for word in rest]  # `own` is fitted to these
     config = parse_config(FinetuneConfig, presets | fit_presets(first), rest)
     if init_distributed()[1] > 1:
         raise InputError("this needs one process, without torchrun")
@@ -125,14 +123,11 @@ def main() -> int:
         raise InputError("--init must be a checkpoint: what is from scratch is set beside it")
     if args.seeds < 1:
         raise InputError("--seeds counts from 1")
-    plan, folds = [], find_folds(config)
     for seed in range(config.seed, config.seed + args.seeds):
         for fold in folds:
             parts = [f"seed{seed}"] * (args.seeds > 1) + [f"fold{fold}"] * (len(folds) > 1)
-            own = dict(
-                data=fill(config.data, seed, fold), eval_data=fill(config.eval_data, seed, fold),
-                init=fill(config.init, seed, fold), seed=seed, out_dir=str(Path(config.out_dir, *parts)),
-            )  # fmt: skip
+            own = {name: fill(getattr(config, name), seed, fold) for name in ("data", "eval_data", "init")}
+            own |= dict(seed=seed, out_dir=str(Path(config.out_dir, *parts)))
             plan.append(dataclasses.replace(config, **own))
     for own in plan:  # what is missing is told before the first has run for hours
         open_inputs(own)
@@ -141,9 +136,8 @@ def main() -> int:
     found = [rows_of(own, args.rows) for own in plan]
     n_folds, table = len(folds), {}
     for name in found[0]:
-        scores = [row[name] for row in found]
+        table[name] = scores = [row[name] for row in found]
         means = [statistics.mean(scores[i : i + n_folds]) for i in range(0, len(scores), n_folds)]  # a seed
-        table[name] = scores
         spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
         each = f"  ({' '.join(f'{score:.4f}' for score in scores)})" if len(scores) > 1 else ""
         print(f"{name:32s} {statistics.mean(means):.4f}{spread}{each}")

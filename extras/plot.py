@@ -98,9 +98,8 @@ def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float, str]:
     frames = spec.shape[2] // 16 * 16
     if not frames:
         raise InputError(f"{path} is shorter than a patch of 160 ms")
-    seconds = frames * FRAME_SHIFT / SAMPLE_RATE
-    place = f"{path}: 0:00.0 to {clock(seconds)} of {clock(claimed_seconds(path))}"
-    return spec[:, :, :frames], seconds, place
+    spec, seconds = spec[:, :, :frames], frames * FRAME_SHIFT / SAMPLE_RATE
+    return spec, seconds, f"{path}: 0:00.0 to {clock(seconds)} of {clock(claimed_seconds(path))}"
 
 
 def draw_spectrogram(axis, spec: Tensor, length: float, colours: str = "magma"):
@@ -186,8 +185,8 @@ def plot_timeline(model: AudioClassifier, path: str, checkpoint: str = "", n_cla
     axis.set_yticks(range(len(chosen)), [names[i] for i in chosen], parse_math=False)
     axis.set(xlabel=f"time / {unit}", xlim=(0, edges[-1]), ylim=(rows[-1], rows[0]))
     figure.colorbar(image, ax=axis, label="probability")
-    part = f", heard in part: {problem}" if problem else ""
-    return head(figure, f"{path} ({clock(end)}{part})", f"what {checkpoint} hears")
+    part = clock(end) + (problem and f", heard in part: {problem}")
+    return head(figure, f"{path} ({part})", f"what {checkpoint} hears")
 
 
 def main() -> int:

@@ -60,13 +60,10 @@ def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad:
     for path in (output, f"{output}.bad"):
         if os.path.exists(path):
             raise InputError(f"{path} exists: remove it or choose another name")
-    if not os.path.basename(output):
-        raise InputError(f"{output} is a folder: name a file in it")
     if {"\n", "\r"} & set(os.path.abspath(folder)):
         raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-    write_lines(f"{output}.try", [])  # what cannot be written is told before the work
-    os.remove(f"{output}.try")
+    write_lines(output, []), os.remove(output)  # what cannot be written is told before the work
     with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
         rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
     good, bad = [row[0] for row in rows if row[0]], [*(row[1] for row in rows if row[1]), *bad]
@@ -120,20 +117,18 @@ def released(source: str, output: str) -> None:
     try:
         root, *lines = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff").split("\n")
         lbl = Path(source).with_suffix(".lbl")
-        labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else None
+        labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else []
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from None
     names = [line.rsplit(None, 1)[0] for line in lines if line.strip()]
-    rows = [["", ""]] * len(names)
-    if labels is not None:
-        rows = [line.rsplit(None, 1) for line in labels if line.strip()]
-    if len(rows) != len(names) or any(len(row) < 2 for row in rows):
+    rows = [line.rsplit(None, 1) for line in labels if line.strip()]
+    if lbl.exists() and (len(rows) != len(names) or any(len(row) < 2 for row in rows)):
         raise InputError(f"{lbl} must have one line 'id label,label' for each of the {len(names)} clips")
-    ids, stems = [row[0].strip() for row in rows], [Path(name).stem for name in names]
-    if ids != stems and sorted(ids) == sorted(stems):
+    ids, root = [row[0].strip() for row in rows], os.path.join(os.path.dirname(source), root.strip())
+    if sorted(ids) == sorted(stems := [Path(name).stem for name in names]) and ids != stems:
         raise InputError(f"{lbl} lists the clips in another order than {source}")
-    root = os.path.join(os.path.dirname(source), root.strip())
-    write_manifest(output, root, [(Path(root, name), own) for name, (_, own) in zip(names, rows)])
+    labels = [row[1] for row in rows] or [""] * len(names)
+    write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
 
 
 def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
@@ -151,18 +146,14 @@ def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> Non
         sums += torch.stack([spec.sum(), spec.square().sum(), torch.tensor(spec.numel())])
     if not sums[2]:
         raise InputError(f"none of the {n_bad} clips of {source} can be read")
-    mean = sums[0] / sums[2]
-    std = (sums[1] / sums[2] - mean**2).sqrt()
-    left_out = f"{len(items) - n_bad} clips, {n_bad} that cannot be read"
-    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {left_out}")
+    mean, std = sums[0] / sums[2], (sums[1] / sums[2] - (sums[0] / sums[2]) ** 2).sqrt()
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {len(items) - n_bad} clips, {n_bad} unreadable")
 
 
 def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
     """Decode a manifest's clips into one .pcm file, and list them in `output`.
-
     Started again, it goes on where it was: `output`.partial has a hash of the manifest, then a line for each
-    of its clips that is done. Raises InputError if that was begun with another manifest.
-    """
+    of its clips that is done. Raises InputError if that was begun with another manifest."""
     if not output.endswith(".tsv") or os.path.exists(output):
         raise InputError(f"{output}: choose a new name that ends with .tsv")
     manifest, partial, pcm = Manifest(source), Path(f"{output}.partial"), Path(output).with_suffix(".pcm")
@@ -177,16 +168,13 @@ def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
         raise InputError(f"{partial} was begun with another manifest or .pcm: remove it and {pcm}")
     write_lines(partial, [digest, *done])
     with open(partial, "ab") as listing, open(pcm, "r+b") as samples:
-        samples.seek(n_bytes)
-        samples.truncate()
+        samples.seek(n_bytes), samples.truncate()
         clips, read = range(len(manifest.begins)), functools.partial(read_whole, manifest)
         rest = clips[len(done) :]
         loader = build_loader(clips, zip(rest), workers, 60 * timeout, collate_fn=read)
         for waveform, line in tqdm(loader, "pack", len(rest), unit="clip", disable=None):
-            samples.write(waveform.numpy().astype("<i2").tobytes())
-            samples.flush()
-            listing.write(os.fsencode(f"{line}\n"))
-            listing.flush()
+            samples.write(waveform.numpy().astype("<i2").tobytes()), samples.flush()
+            listing.write(os.fsencode(f"{line}\n")), listing.flush()
         os.fsync(samples.fileno())
     rows = [line.split("\t") for line in read_lines(partial)[1:]]
     bad = [f"{row[0]}\t{row[2]}" for row in rows if row[1] == "0"]
@@ -246,21 +234,18 @@ def esc50(folder: str, output: str) -> None:
     folds = sorted({clip["fold"] for clip in clips})
     if len(folds) < 2:
         raise InputError(f"{table} has one fold only: there is nothing to train on")
-    absent = {clip["filename"] for clip in clips if not (audio / clip["filename"]).is_file()}
     for fold in folds:
         for part in ("train", "test"):
-            own = [(c["filename"], c["category"]) for c in clips if (c["fold"] == fold) == (part == "test")]
-            files = [(audio / name, label) for name, label in own if name not in absent]
-            bad = [f"{name}\tno such file" for name, _ in own if name in absent]
-            write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files, bad)
+            own = [clip for clip in clips if (clip["fold"] == fold) == (part == "test")]
+            files = [(audio / clip["filename"], clip["category"]) for clip in own]
+            write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files)
 
 
 def speechcommands(folder: str, output: str) -> None:
     """Manifests of Speech Commands, a folder a word, split by validation_list.txt and testing_list.txt."""
     part_of = {}
     for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
-        rows = read_table(f"{folder}/{name}")
-        part_of |= dict.fromkeys((row[0] for row in rows), part)
+        part_of |= dict.fromkeys((row[0] for row in read_table(f"{folder}/{name}")), part)
     files = dict(train=[], valid=[], test=[])
     for path in find_audio(folder):
         word, name = path.parent.name, path.relative_to(folder).as_posix()
@@ -271,25 +256,10 @@ def speechcommands(folder: str, output: str) -> None:
         write_manifest(f"{output}/{part}.tsv", folder, files[part], bad)
 
 
-def begins_at(rest: str, start: float) -> bool:
-    """Whether the rest of a file's name, behind its YTID, allows that it begins at `start` seconds."""
-    numbers = re.fullmatch(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?", rest)
-    return not numbers or float(numbers[1]) in (start, 1000 * start)
-
-
-def can_be_read(path: Path) -> bool:
-    try:
-        return bool(count_samples(path))
-    except (InputError, OSError):
-        return False
-
-
 def audioset(segments: str, labels: str, folder: str, output: str) -> None:
     """A manifest of the clips of an AudioSet list (YTID, start, end, "label,label") that are below a folder.
-
     `labels` is class_labels_indices.csv; a clip's file is known by the 11 characters of its YTID at the
-    beginning of the name, or behind a Y; and by its start, in s or ms, if only numbers follow.
-    """
+    beginning of the name, or behind a Y; and by its start, in s or ms, if only numbers follow."""
     known, rows = read_classes(labels), read_table(segments, skipinitialspace=True)
     if not rows or any(len(row) < 4 or not re.fullmatch(r"\d+(\.\d+)?", row[1]) for row in rows):
         raise InputError(f"{segments} is not a list of AudioSet segments: YTID, start, end, labels")
@@ -299,21 +269,16 @@ def audioset(segments: str, labels: str, folder: str, output: str) -> None:
             behind_y.setdefault(path.stem[1:12], []).append((path, path.stem[12:]))
         if len(path.stem) == 11 or path.stem[11:12] in ("_", "-", "."):
             by_id.setdefault(path.stem[:11], []).append((path, path.stem[11:]))
-    for row in rows:
-        if unknown := set(row[3].split(",")) - known.keys():
-            what = f"{row[0]} has the label {min(unknown)!r}"
-            raise InputError(f"{segments}: {what}, which {labels} does not list")
-    files, bad = [], []
+    files, bad, cut = [], [], re.compile(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?")  # _start[_end]
     for name, start, _, own, *_ in rows:
-        found = by_id.get(name) or behind_y.get(name, [])
-        paths = [path for path, rest in found if begins_at(rest, float(start))]
-        paths = [path for path in paths if len(paths) == 1 or can_be_read(path)] or paths[:1]
+        if unknown := set(own.split(",")) - known.keys():
+            raise InputError(f"{segments}: {name} has the label {min(unknown)!r}, which {labels} lacks")
+        found, times = by_id.get(name) or behind_y.get(name, []), (float(start), 1000 * float(start))
+        paths = [path for path, rest in found if not (n := cut.fullmatch(rest)) or float(n[1]) in times]
         if len(paths) == 1:
             files.append((paths[0], own))
         else:
-            problem = f"no file that begins at {start} s" if found else "no such file"
-            problem = f"several files: {', '.join(path.name for path in paths)}" if paths else problem
-            bad.append(f"{name}\t{problem}")
+            bad.append(f"{name}\t{len(paths) or 'no'} files that begin at {start} s")
     write_manifest(output, folder, files, bad)
 
 
@@ -331,7 +296,7 @@ def main() -> int:
         for name in arguments:
             command.add_argument(name, **(dict(dest="output", required=True) if name == "-o" else {}))
         if function is scan:
-            by = "label files by the folder they lie in, or by a table: file,label[,label]"
+            by = "by the folder they lie in, or by a table: file,label[,label]"
             command.add_argument("--labels", nargs="?", const="", metavar="CSV", help=by)
         if function is stats:
             command.add_argument("--max_clips", type=int, default=10_000)

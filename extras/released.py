@@ -50,11 +50,10 @@ INERT_TYPES = (
 class Inert:
     """In the place of an object of one of INERT_TYPES: whatever it was made of is dropped."""
 
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __setstate__(self, _):
+    def __init__(self, *_):
         pass
+
+    __setstate__ = __init__
 
 
 def read_released(path: str, state: dict) -> dict:
@@ -206,10 +205,8 @@ def released(weights: dict[str, Tensor], column: int, prefix: str) -> dict[str, 
 
 def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Write a checkpoint in both released layouts, into an empty folder.
-
     Raises CheckpointError if the folder is not empty, the checkpoint cannot be read, or its classifier pools
-    by the mean, which the published Hugging Face code cannot.
-    """
+    by the mean, which the published Hugging Face code cannot."""
     try:
         from safetensors.torch import save_file
     except ImportError:

@@ -168,7 +168,7 @@ def test_stats_of_a_known_signal(folder, script):
     out = said.split()
     assert float(out[1]) == pytest.approx(values.mean().item(), abs=1e-3)
     assert float(out[3]) == pytest.approx(values.std().item(), abs=1e-3)
-    assert out[0] == "--norm_mean" and out[2] == "--norm_std" and f"8 clips, {len(bad)} that cannot" in said
+    assert out[0] == "--norm_mean" and out[2] == "--norm_std" and f"8 clips, {len(bad)} unreadable" in said
 
 
 # --- pack --------------------------------------------------------------------------------------------------
@@ -435,7 +435,6 @@ def test_audioset_clips_by_their_id(tmp_path, script, monkeypatch):
         "several_one.wav",
     ):  # fmt: skip
         wav(tmp_path / "audio" / name)
-    (tmp_path / "audio" / "Zbcdefghijk_30.m4a").write_text("unreadable")
     out = script(PREPARE, "audioset", "segments.csv", "labels.csv", "audio", "-o", "train.tsv").stdout
     assert "train.tsv: 3 clips" in out and "3 left out, listed in train.tsv.bad" in out
     assert rows_of(tmp_path / "train.tsv") == [
@@ -444,14 +443,14 @@ def test_audioset_clips_by_their_id(tmp_path, script, monkeypatch):
         ["Zbcdefghijk_30.000_40.000.wav", "8000", "/m/05zppz"],
     ]
     assert (tmp_path / "train.tsv.bad").read_text().splitlines() == [
-        "missing_one\tno such file", "another_cut\tno file that begins at 30.000 s",
-        "several_one\tseveral files: several_one.wav, several_one_30000.wav",
+        "missing_one\tno files that begin at 30.000 s", "another_cut\tno files that begin at 30.000 s",
+        "several_one\t2 files that begin at 30.000 s",
     ]  # fmt: skip
     found = open_labelled(tmp_path / "train.tsv", 64, read_classes(tmp_path / "labels.csv"))
     assert found.targets.tolist() == [[True, False], [True, True], [False, True]]
     (tmp_path / "segments.csv").write_text('--4gqARaEJE, 0.000, 10.000, "/m/other"\n')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="has the label '/m/other', which labels.csv does not list"):
+    with pytest.raises(InputError, match="has the label '/m/other', which labels.csv lacks"):
         prepare.audioset("segments.csv", "labels.csv", "audio", "x.tsv")
 
 
@@ -553,11 +552,9 @@ def test_released_labels_in_another_order_and_ids_with_spaces(tmp_path):
 def test_what_cannot_be_written_is_told_before_the_scan(folder, monkeypatch):
     monkeypatch.setattr(prepare, "count_samples", lambda path: pytest.fail("it scans"))
     (folder / "file").write_text("")
-    with pytest.raises(InputError, match="new/ is a folder: name a file in it"):
-        prepare.scan(str(folder), f"{folder}/new/", labels=None)
-    with pytest.raises(OSError):
-        prepare.scan(str(folder), f"{folder}/file/x.tsv", labels=None)
-    assert not (folder / "new").exists()
+    for output in ("new/", "file/x.tsv"):
+        with pytest.raises(OSError):
+            prepare.scan(str(folder), f"{folder}/{output}", labels=None)
 
 
 def test_released_lists_of_other_places(tmp_path):

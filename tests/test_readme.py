@@ -196,6 +196,7 @@ def test_commands_of_the_scripts_parse(monkeypatch):
     monkeypatch.setattr(evaluate, "init_distributed", stop)
     for module in (compare, listen):
         monkeypatch.setattr(module, "init_distributed", stop)
+    monkeypatch.setattr(compare, "find_folds", lambda config: [1])
     monkeypatch.setattr(released, "export", stop)
     for name in ("plot_curves", "plot_masks", "plot_attention", "plot_timeline"):
         monkeypatch.setattr(plot, name, stop)
