@@ -313,6 +313,13 @@ def test_numbers_of_the_laptop_run():
     said = f"{gain['words10']} points on ten words and on the rhymes, {gain['words35']} on 35 words, "
     said += f"{gain['events']} on the events, {gain['drums']} on the drums"
     assert said in " ".join(TEXTS[folder / "README.md"].split())
+    tuned, scratch = laptop.LONGER[laptop.TUNED], laptop.LONGER[laptop.SCRATCH]
+    ahead = {t: f"{100 * (rows[tuned] - rows[scratch]):.0f}" for t, rows in means.items() if tuned in rows}
+    assert ahead["words35"] == ahead["mandarin"]
+    said = f"stays {ahead['words10']} points ahead on ten words, {ahead['words35']} on 35 words and rhymes"
+    ahead = {t: f"{100 * (rows[laptop.TUNED] - rows[scratch]):.0f}" for t, rows in means.items()}
+    text = " ".join(TEXTS[folder / "README.md"].split())
+    assert said in text and f"still {ahead['events']} and {ahead['drums']} points ahead" in text
     rows = (laptop.TUNED, laptop.SCRATCH, *laptop.LONGER.values())
     said = "35 words {} fine-tuned, {} from scratch; with 4 times the updates {}, {}"
     said = said.format(*(f"{means['words35'][row]:.2f}"[1:] for row in rows))
