@@ -207,7 +207,7 @@ def load_audio(
 
 def check_peak(waveform: Tensor, allow_silence: bool) -> None:
     """Raise InputError for what is not audio, or silent."""
-    peak = torch.stack(waveform.aminmax()).abs().max().item()
+    peak = to_float(torch.stack(waveform.aminmax())).abs().max().item()
     if not peak <= LOUDEST:
         raise InputError(f"its samples reach {peak:.6g}, where full scale is 1: scaled as integers are?")
     if peak < SILENCE and not allow_silence:
@@ -349,7 +349,7 @@ class AudioDataset(Dataset):
             raise InputError(f"{self.manifest.root} has changed")
         waveform, gain = torch.from_numpy(pcm), self.manifest.fields(line)[3:4]
         waveform = to_float(waveform) * float(gain[0]) if gain else waveform  # of clips above full scale
-        check_peak(to_float(waveform), self.allow_silence)
+        check_peak(waveform, self.allow_silence)
         return waveform
 
     def __getitem__(self, item: int) -> Clip:
@@ -359,7 +359,7 @@ class AudioDataset(Dataset):
                 return Clip(self.read(stand_in), stand_in, problem)
             except (ValueError, OSError) as error:
                 problem = problem or f"{self.name(item)}\t{first_line(error)}"
-            line = self.line[stand_in] + max(0, n_tried - 1000) ** 3  # by leaps, at last: a folder is gone
+            line = self.line[stand_in] + max(0, n_tried - 1000) ** 3  # the next; after 1,000 by leaps
             stand_in = int(torch.searchsorted(self.line, line, right=True)) % len(self)
         raise InputError(f"{problem.expandtabs(1)}, nor can the clips after it. Is the data still there?")
 

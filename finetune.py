@@ -347,8 +347,8 @@ def train(config: FinetuneConfig) -> int:
     """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
     run = Run(config, growth_interval=16_384)
     (data, targets, classes), test, classifier = open_inputs(config, run.world)
-    init = hashlib.sha256(config.model.encode() if config.init == "scratch" else b"")
-    for p in classifier.encoder.parameters() if config.init != "scratch" else ():  # drawn ones vary by CPU
+    init = hashlib.sha256(repr(classifier.config).encode())
+    for p in () if config.init == "scratch" else classifier.encoder.parameters():  # drawn ones vary by CPU
         init.update(p.detach().numpy().tobytes())
     names = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     digests = dict(init_digest=init.hexdigest(), classes_digest=names.hexdigest())

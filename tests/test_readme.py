@@ -317,6 +317,8 @@ def test_numbers_of_the_laptop_run():
     ahead = {t: f"{100 * (rows[tuned] - rows[scratch]):.0f}" for t, rows in means.items() if tuned in rows}
     assert ahead["words35"] == ahead["mandarin"]
     said = f"stays {ahead['words10']} points ahead on ten words, {ahead['words35']} on 35 words and rhymes"
+    said_of_all = f"{ahead['words10']} after 4 times the updates, [{gain['words35']} on 35 words](#results)"
+    assert said_of_all in " ".join(README.split())
     ahead = {t: f"{100 * (rows[laptop.TUNED] - rows[scratch]):.0f}" for t, rows in means.items()}
     text = " ".join(TEXTS[folder / "README.md"].split())
     assert said in text and f"still {ahead['events']} and {ahead['drums']} points ahead" in text
@@ -337,8 +339,10 @@ def test_numbers_of_the_encoder_that_comes_with_the_code():
     for seed in laptop.SEEDS:
         runs = [r for r in everything if r["run"] == f"pretrain{seed}"]
         losses = [r["loss_frame"] for r in runs if "loss_frame" in r]
-        probes = [r["probe_linear"] for r in runs if "probe_linear" in r and r["step"] > 400]
-        assert losses[0] > losses[-1] > 1.5 * min(losses) and probes[-1] > 1.2 * probes[0]
+        probes = [r["probe_linear"] for r in runs if "probe_linear" in r]
+        assert losses[0] > losses[-1] > 1.5 * min(losses) and probes[-1] > 1.5 * probes[0]
+        later = [r["probe_linear"] for r in runs if "probe_linear" in r and r["step"] > 400]
+        assert later[-1] > 1.2 * later[0]
     said = f"falls from {frame[1]:.1f} to {frame[400]:.1f} at update 400, then rises to {frame[4000]:.1f}"
     assert said in text and f"the probe rises from {scores[0]} to {scores[-1]}" in text
     for row, cells in json.loads((folder / "blocks.json").read_text()).items():
@@ -403,6 +407,18 @@ def test_numbers_of_the_ablations():
     cls = {name: statistics.mean(scores["cls"]) for name, scores in found["tuned"].items()}
     gains = (f"{100 * (cls[name] - cls['weight0']):.1f}" for name in ("base", "weight1.92"))
     assert f"{' and '.join(gains)} points ahead of none" in text
+    words = {name: statistics.mean(scores["words35"]) for name, scores in found["probes"].items()}
+    mean = {name: statistics.mean(scores["mean"]) for name, scores in found["tuned"].items()}
+    behind = cls["slow1"] - cls["slow192"], mean["slow1"] - mean["slow192"]
+    assert f"by {100 * (words['slow192'] - words['slow1']):.1f} points on 35 words" in text
+    assert "Fine-tuned it is {:.0f} and {:.0f} points behind".format(*(100 * x for x in behind)) in text
+    assert f"the mean patch is {100 * (mean['slow1'] - cls['slow1']):.0f} points ahead for weight 1" in text
+    clones = f"{100 * (words['clones1'] - words['base']):.0f}"
+    assert f"are {clones} points better on 35 words than 4 clips" in text
+    others = [words[name] for name in ("random", "blocks3", "flexible")]
+    assert 0.035 <= min(others) - words["base"] + 5e-4 and max(others) - words["base"] <= 0.05 + 5e-4
+    worth = max(words[name] for axis in ablations.AXES.values() for name in axis) - words["random encoder"]
+    assert f"are worth {100 * worth:.0f} points at most on 35 words" in text
     log = [r for r in map(json.loads, lines_of(folder / "logs.jsonl")) if r["run"] == "weight192-1"]
     shares = [round(r["loss_utterance"] / r["loss_frame"]) for r in log if "loss_frame" in r]
     assert f"{min(shares)} to {max(shares)} times the frame loss" in text
