@@ -1,27 +1,34 @@
-"""Manifests: of your own audio, of three public data sets; statistics of one; a packed copy of its audio.
+"""Lists of clips (manifests): of your own audio, of public data sets; their statistics, and packed copies.
 
     python extras/prepare.py scan DIR -o train.tsv           every audio file below DIR
-    python extras/prepare.py scan DIR --labels -o train.tsv  labelled by folders; or by a table: --labels CSV
+    python extras/prepare.py scan DIR --labels -o train.tsv  the class is the first folder below DIR
+    python extras/prepare.py scan DIR --labels TABLE -o train.tsv    labels of a table: CSV, Raven, Label Studio
     python extras/prepare.py stats train.tsv                 mean and std for --norm_mean and --norm_std
     python extras/prepare.py pack train.tsv packed.tsv       decode once, into packed.pcm: --data packed.tsv
+    python extras/prepare.py pack 20k/train/*.tar train.tsv  the same from tar (WebDataset) or parquet files
     python extras/prepare.py esc50 ESC-50-master -o esc50/   train1.tsv, test1.tsv, ... of five folds
     python extras/prepare.py speechcommands speech_commands_v0.02 -o spcv2/    train.tsv, valid.tsv, test.tsv
     python extras/prepare.py audioset SEGMENTS.csv LABELS.csv AUDIO_DIR -o train.tsv
     python extras/prepare.py released old.tsv -o train.tsv   the released code's old.tsv with its old.lbl
 
-What cannot be used is left out, and listed with the reason in a file that ends with .bad. The formats are
-described at the top of data.py.
+A file that ends with .bad lists what is left out, and what is damaged but kept, with the reasons. A comma in a
+label becomes a semicolon, because a manifest separates labels by commas. data.py describes the formats.
 """
 
 import argparse
 import csv
-import functools
 import hashlib
+import itertools
 import os
 import re
 import sys
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,53 +37,489 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
     CLIP_FRAMES, FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, AudioDataset, InputError, Manifest, build_loader,
-    check_peak, first_line, log_mel, read_lines, read_pieces, silence_libraries, write_lines,
+    check_peak, first_line, labels_of, log_mel, write_lines,
 )  # fmt: skip
-from evaluate import init_distributed, read_classes, run_script  # noqa: E402
+from evaluate import Parser, run_script  # noqa: E402
+from extras.labels import nfc, printable, read_labels  # noqa: E402
+from extras.media import count_samples, find_audio, stream  # noqa: E402
+from extras.shards import Entry, check_shard, entries_of  # noqa: E402
+from extras.tables import read_classes  # noqa: E402
 
-from listen import count_samples, find_audio  # noqa: E402
+LONG = 300 * SAMPLE_RATE  # a piece deep in such a file is slow to read, unless the format can seek
+SLOW_SUFFIXES = (".mp3", ".m4a", ".mp4", ".mov", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".ape")
+ID_FORMS = (r"(.{11})(|[-_.].*)", r".*\[([\w-]{11})\](.*)", r"Y(.{11})(.*)")  # YTID in a file's name
+MEASURED_CLIPS = 200  # for the mean and std that `scan` prints
+SHARDS = (".tar", ".parquet")
 
 
-def printable(name: str) -> str:
-    """A file's name in one line, its tabs and line breaks as in Python."""
-    return name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def write_manifest(output: str, folder: str, files: list[tuple[Path, str]], bad: list[str] = ()) -> None:
-    """Write a manifest of (file below `folder`, labels); `bad` and what cannot be used go to `output`.bad.
-    Raises InputError if one of the two exists or no file can be used."""
+def tally(reasons: Iterable[str]) -> str:
+    """How often each reason is given: in full where it is always the same, else what is before its colon."""
+    kinds = defaultdict(Counter)
+    for reason in reasons:
+        kind = re.sub(r"(?<!\w)\d[\d.]*", "...", reason.split(":")[0].split(" (")[0])
+        kinds[kind][reason] += 1
+    texts = []
+    for kind, counts in sorted(kinds.items(), key=lambda item: -item[1].total()):
+        text = kind if len(counts) > 1 else next(iter(counts))
+        texts.append(f"{counts.total()} {text}")
+    return ", ".join(texts[:6] + ["..."] * (len(texts) > 6))
 
-    def line(file: tuple[Path, str]) -> tuple[str, str]:
-        name, labels = os.path.relpath(file[0], folder), file[1]
-        try:
-            if ".." in Path(name).parts:
-                raise InputError("lies outside the manifest's folder")
-            if set("\t\n\r") & set(name + labels):
-                raise InputError("its name or label holds a tab or a line break")
-            return f"{name}\t{count_samples(file[0])}" + (f"\t{labels}" if labels else ""), ""
-        except (InputError, OSError) as error:
-            return "", f"{printable(name)}\t{error}"
 
-    for path in (output, f"{output}.bad"):
-        if os.path.exists(path):
-            raise InputError(f"{path} exists: remove it or choose another name")
+def in_order(function: Callable, jobs: Iterable, workers: int, timeout: float | None = None) -> Iterator:
+    """function(job) of each job, in order, computed ahead by `workers` threads. Raises TimeoutError."""
+    pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
+    waiting = deque()
+    torch.get_num_threads()  # keeps this thread's own number
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result(timeout)
+        while waiting:
+            yield waiting.popleft().result(timeout)
+    except TimeoutError:
+        raise TimeoutError(f"a file has not been read in {timeout:.0f} s") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ----- Writing manifests -----------------------------------------------------------------------------------
+
+
+class Listed(NamedTuple):
+    """What becomes of a file."""
+
+    line: str = ""  # of the manifest
+    n_samples: int = 0
+    problem: str = ""  # a line of .bad
+    reason: str = ""
+
+
+def list_file(path: Path, labels: list[str], folder: str) -> Listed:
+    """A file's line of the manifest of a folder, or the reason why it has none."""
+    name = os.path.relpath(path, folder)
+    column = join(labels)
+    try:
+        if ".." in Path(name).parts:
+            raise InputError("lies outside the manifest's folder")
+        if set("\t\n\r") & set(name + column):
+            raise InputError("its name or label holds a tab or a line break")
+        n_samples, remark = count_samples(path)
+    except (InputError, OSError) as error:
+        return Listed(problem=f"{printable(name)}\t{error}", reason=str(error))
+    line = f"{name}\t{n_samples}"
+    if labels:
+        line += f"\t{column}"
+    problem = f"{name}\tkept, but {remark}" if remark else ""
+    return Listed(line, n_samples, problem)
+
+
+def check_output(output: str, can_replace: bool) -> Manifest | None:
+    """The list that is there already, if it may be replaced. Raises InputError for anything else there."""
+    old = None
+    if not os.path.basename(output):
+        raise InputError(f"{output} is a folder: name a file in it")
+    if os.path.exists(output):
+        if can_replace:
+            try:
+                old = Manifest(output)
+            except InputError:
+                pass
+        if old is None or old.root.endswith(".pcm"):
+            raise InputError(f"{output} exists: remove it or choose another name")
+    check_bad(output)
+    return old
+
+
+def check_bad(output: str) -> None:
+    """Raise InputError if there is another file in the place of `output`.bad than one of ours."""
+    path = Path(f"{output}.bad")
+    if path.exists() and any(line.count(b"\t") != 1 for line in path.read_bytes().split(b"\n")[:-1]):
+        raise InputError(f"{path} exists: remove it or choose another name")
+
+
+def write_bad(output: str, lines: Iterable[str]) -> None:
+    """Write `output`.bad, or remove an older one if there is nothing to tell."""
+    lines = iter(lines)
+    first = next(lines, None)
+    if first is None:
+        Path(f"{output}.bad").unlink(missing_ok=True)
+    else:
+        write_lines(f"{output}.bad", itertools.chain([first], lines))
+
+
+def write_manifest(
+    output: str, folder: str, files: list[tuple[Path, list[str]]], bad: list[tuple[str, str]] = (),
+    can_replace: bool = False, force: bool = False,
+) -> list[Listed]:  # fmt: skip
+    """Write a manifest of files below `folder` and their labels; returns what it lists. `bad` (name, reason)
+    and what cannot be used go to `output`.bad. Raises InputError if no file can be used, or if `output`
+    exists, unless it `can_replace` a manifest that lists the same or, with `force`, any manifest."""
+    old = check_output(output, can_replace)
     if {"\n", "\r"} & set(os.path.abspath(folder)):
         raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-    write_lines(output, []), os.remove(output)  # what cannot be written is told before the work
-    with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
-        rows = list(tqdm(pool.map(line, files), total=len(files), desc="scan", unit="file", disable=None))
-    good, bad = [row[0] for row in rows if row[0]], [*(row[1] for row in rows if row[1]), *bad]
-    if bad:
-        write_lines(f"{output}.bad", bad)
+    with TemporaryFile(dir=os.path.dirname(output) or "."):
+        pass  # what cannot be written is told before the work
+    jobs = in_order(lambda file: list_file(*file, folder), files, os.cpu_count())
+    listed = list(tqdm(jobs, "scan", len(files), unit="file", disable=None))
+    good = [file for file in listed if file.line]
+    problems = [file.problem for file in listed if file.problem]
+    problems += [f"{printable(name)}\t{reason}" for name, reason in bad]
+    reasons = [file.reason for file in listed if not file.line]
+    reasons += [reason for _, reason in bad]
     if not good:
-        raise InputError(f"none of the {len(bad)} audio files below {folder} can be read: see {output}.bad")
-    write_lines(output, [os.path.abspath(folder), *good])
-    hours = [int(row.split("\t")[1]) / SAMPLE_RATE / 3600 for row in good]
-    left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
-    print(f"{output}: {len(good)} clips, {sum(hours):.2f} h{left_out}")
-    if any(h > 1 / 12 and row.split("\t")[0].lower().endswith(".mp3") for h, row in zip(hours, good)):
-        print("long mp3 files are slow to read in pieces: `prepare.py pack` decodes them once")
+        write_bad(output, problems)
+        raise InputError(
+            f"none of the {len(files)} audio files below {folder} can be read: see {output}.bad ({tally(reasons)})"
+        )
+    lines = [file.line for file in good]
+    if old and not force:
+        is_same = sorted(old.lines) == sorted(map(os.fsencode, lines))
+        if not is_same or os.path.realpath(old.root) != os.path.realpath(folder):
+            raise InputError(f"{output} exists and lists other clips or labels: --force replaces it")
+    write_bad(output, problems)
+    write_lines(output, [os.path.abspath(folder), *lines])
+    hours = sum(file.n_samples for file in good) / SAMPLE_RATE / 3600
+    print(f"{output}: {len(good)} clips, {hours:.2f} h" + left_out(reasons, output))
+    print_kept(sum(bool(file.problem) for file in good), output)
+    return good
+
+
+def left_out(reasons: list[str], output: str) -> str:
+    """What to say of clips that are left out, if there are some."""
+    if not reasons:
+        return ""
+    return f"; {len(reasons)} left out, listed in {output}.bad: {tally(reasons)}"
+
+
+def print_kept(n: int, output: str) -> None:
+    """Say how many files are listed although they are damaged."""
+    if n:
+        print(f"{plural(n, 'damaged file')} kept, see {output}.bad")
+
+
+def print_classes(lines: Iterable[str]) -> None:
+    """Print how many classes a manifest's lines have, and the first ten with the number of their clips."""
+    counts = Counter()
+    n_without = 0
+    for line in lines:
+        labels = labels_of(line.split("\t"))
+        counts.update(labels)
+        n_without += not labels
+    if not counts:
+        return
+    first = ", ".join(f"{label} ({counts[label]})" for label in sorted(counts)[:10])
+    more = ", ..." if len(counts) > 10 else ""
+    print(f"{len(counts)} classes: {first}{more}")
+    if n_without:
+        print(f"{plural(n_without, 'clip')} without label")
+
+
+def join(labels: list[str]) -> str:
+    """Labels as a column of a manifest."""
+    return ",".join(label.replace(",", ";") for label in labels)
+
+
+def say_if_comma(labels: Iterable[str]) -> bool:
+    """Say that a comma is replaced, if one of these labels has one; returns that."""
+    for label in labels:
+        if "," in label:
+            print(f"commas separate labels in a manifest: {label!r} becomes {join([label])!r}, others likewise")
+            return True
+    return False
+
+
+# ----- scan, stats -----------------------------------------------------------------------------------------
+
+
+def scan(folder: str, output: str, labels: str | None = None, force: bool = False) -> None:
+    """A manifest of every audio file below a folder.
+    Labelled, with "", by the first folder below it, or by a table; what has no label is left out, then."""
+    check_output(output, can_replace=True)
+    paths = find_audio(folder)
+    found = {}
+    bad = []
+    if labels:
+        table = read_labels(labels, folder, paths)
+        print(f"{labels}: {table.columns}")
+        found = {path: list(dict.fromkeys(own)) for path, own in table.found.items() if own}
+        bad = table.problems
+    elif labels == "":
+        for path in paths:
+            first, *rest = path.relative_to(folder).parts
+            if rest:
+                found[path] = [nfc(first)]
+    files = [(path, found.get(path, [])) for path in paths]
+    if labels is not None:
+        files = [(path, own) for path, own in files if own]
+        unlabelled = [path for path in paths if path not in found]
+        bad = [(os.path.relpath(path, folder), "no label") for path in unlabelled] + bad
+        if not files:
+            raise InputError(f"none of the {len(paths)} audio files has a label in {labels or 'its folder'}")
+        say_if_comma(label for own in found.values() for label in own)
+    listed = write_manifest(output, folder, files, bad, can_replace=True, force=force)
+    if labels is not None:
+        print_classes(file.line for file in listed)
+    print_norm(output)
+    is_slow = [f.n_samples > LONG and f.line.split("\t")[0].lower().endswith(SLOW_SUFFIXES) for f in listed]
+    if any(is_slow):
+        print("long files of these formats are slow to read in pieces: `prepare.py pack` decodes them once")
+
+
+def measure(data: AudioDataset, max_items: int, workers: int, timeout: float) -> tuple[float, float, int, int]:
+    """Mean and std of the log-mel values, without padding, of items spread over a data set; how many were
+    read, and how many cannot be."""
+    items = torch.linspace(0, len(data) - 1, max(1, min(max_items, len(data)))).long().tolist()
+    total = torch.zeros(3, dtype=torch.float64)  # number, sum, sum of squares
+    n_bad = 0
+    loader = build_loader(data, [[item] for item in items], workers, 60 * timeout)
+    for batch in tqdm(loader, "stats", len(items), unit="piece", leave=False, disable=None):
+        if batch.problems[0]:
+            n_bad += 1
+            continue
+        spec = log_mel(batch.waveform[:, : batch.n_samples[0]]).double()
+        total += torch.stack([torch.tensor(spec.numel()), spec.sum(), spec.square().sum()])
+    if not total[0]:
+        raise InputError(f"none of {n_bad} pieces of {data.source} can be read")
+    mean = total[1] / total[0]
+    std = (total[2] / total[0] - mean**2).sqrt()
+    return float(mean), float(std), len(items) - n_bad, n_bad
+
+
+def print_norm(output: str) -> None:
+    """Print the mean and std of the beginnings of some clips."""
+    try:
+        data = AudioDataset(output, segments=False)
+        mean, std, n_clips, _ = measure(data, MEASURED_CLIPS, os.cpu_count(), 30)
+    except InputError:
+        return  # silence, or nothing but shorter than a frame
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # of {plural(n_clips, 'clip')}; of more: stats")
+
+
+def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
+    """Mean and std of the log-mel values, without padding, of max_clips pieces spread over a manifest."""
+    data = AudioDataset(source)
+    mean, std, n_pieces, n_bad = measure(data, max_clips, workers, timeout)
+    said = f"{plural(n_pieces, 'piece')} of {plural(len(data.line.unique()), 'clip')}"
+    if n_pieces + n_bad < len(data):
+        said = f"{n_pieces} of the {len(data)} pieces of {plural(len(data.line.unique()), 'clip')}"
+    if n_bad:
+        said += f"; {plural(n_bad, 'piece')} unreadable"
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {said}")
+
+
+# ----- pack ------------------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """What an earlier run has packed."""
+
+    n_listed: int = 0  # bytes of its listing that are whole
+    n_bytes: int = 0  # of samples
+    source: int = 0  # the last one begun
+    n_entries: int = 0  # how many of its entries are done
+
+
+def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, timeout: float = 30) -> int:
+    """Decode manifests, tar or parquet files into one .pcm file, and list its clips in `output`.
+    Started again, it goes on where it was: `output`.partial has a hash of the sources, then lines
+    source<TAB>kind<TAB>text, where text is a line of the manifest (kind "clip") or of .bad ("left out", "lost"
+    for a source where more may be missing, "kept" for the next clip). Returns 1 if there are some of "lost"."""
+    if not output.endswith(".tsv") or output in sources:
+        raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
+    partial = Path(f"{output}.partial")
+    pcm = Path(output).with_suffix(".pcm")
+    if not partial.exists():
+        check_output(output, can_replace=False)
+        if pcm.exists():
+            raise InputError(f"{pcm} exists: remove it or choose another name")
+    known = read_classes(classes) if classes else {}
+    content = repr([list(known.items()), *map(identity, sources)])
+    digest = hashlib.sha256(os.fsencode(content)).hexdigest()
+    pcm.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    pcm.touch()
+    done = read_partial(partial, digest)
+    if os.path.getsize(pcm) < done.n_bytes:
+        raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
+    with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, TemporaryDirectory() as folder:
+        listing.truncate(done.n_listed)
+        listing.seek(done.n_listed)
+        samples.truncate(done.n_bytes)
+        samples.seek(done.n_bytes)
+        if not done.n_listed:
+            listing.write(f"{digest}\n".encode())
+        entries = all_entries(sources, known, done)
+        clips = in_order(lambda job: pack_clip(*job, folder), entries, workers, 60 * timeout)
+        for waveform, lines in tqdm(clips, "pack", unit="clip", disable=None):
+            samples.write(waveform.numpy().astype("<i2").tobytes())
+            samples.flush()
+            listing.write(os.fsencode(lines))
+            listing.flush()
+        os.fsync(samples.fileno())
+    return finish(partial, pcm, output)
+
+
+def identity(source: str) -> tuple:
+    """What tells a source from others. Raises InputError if it cannot be used."""
+    if source.endswith(SHARDS):
+        check_shard(source)
+        return source, os.path.getsize(source)
+    manifest = Manifest(source)
+    return os.path.abspath(manifest.root), manifest.digest
+
+
+def read_partial(partial: Path, digest: str) -> Done:
+    """What an earlier run has done. Raises InputError if it did something else."""
+    done = Done()
+    size = 0
+    with open(partial, "rb") as file:
+        for line in file:
+            size += len(line)
+            if not line.endswith(b"\n"):
+                break  # half-written
+            if size == len(line):
+                if line.rstrip() != digest.encode():
+                    raise InputError(f"{partial} was begun with other sources: remove it and the .pcm beside it")
+                done = Done(size)
+                continue
+            number, kind, *text = line.split(b"\t")
+            if kind == b"kept":
+                continue  # counts with its clip, in the next line
+            n_bytes = 2 * int(text[1]) if kind == b"clip" else 0
+            n_entries = done.n_entries if int(number) == done.source else 0
+            done = Done(size, done.n_bytes + n_bytes, int(number), n_entries + 1)
+    return done
+
+
+def all_entries(sources: list[str], classes: dict[str, str], done: Done) -> Iterator[tuple[int, Entry]]:
+    """What remains to be packed: the number of a source, and an entry of it."""
+    n_done = done.n_entries
+    is_told = False
+    for number in range(done.source, len(sources)):
+        source = sources[number]
+        entries = entries_of(source, classes) if source.endswith(SHARDS) else manifest_entries(source)
+        for entry in itertools.islice(entries, n_done, None):
+            is_told = is_told or say_if_comma(entry.labels)
+            yield number, entry
+        n_done = 0
+
+
+def manifest_entries(source: str) -> Iterator[Entry]:
+    """The clips of a manifest."""
+    manifest = Manifest(source)
+    for i in range(len(manifest.lines)):
+        fields = manifest.fields(i)
+        try:
+            yield Entry(fields[0], labels_of(fields), path=manifest.path(i))
+        except InputError as error:
+            yield Entry(fields[0], problem=str(error))
+
+
+def pack_clip(number: int, entry: Entry, folder: str) -> tuple[Tensor, str]:
+    """Decode a clip, one of a shard through a file in `folder`: int16 (S,), and the lines of the listing."""
+    try:
+        if entry.problem:
+            raise InputError(entry.problem)
+        path = entry.path
+        if entry.read:
+            path = os.path.join(folder, f"{threading.get_ident()}{os.path.splitext(entry.name)[1]}")
+            Path(path).write_bytes(entry.read())
+        waveform, gain, remark = decode(path)
+    except InputError as error:
+        kind = "lost" if entry.is_loss else "left out"
+        return torch.empty(0, dtype=torch.int16), f"{number}\t{kind}\t{entry.name}\t{printable(str(error))}\n"
+    line = f"{number}\tclip\t{entry.name}\t{len(waveform)}"
+    if entry.labels or gain != 1:
+        line += f"\t{join(entry.labels)}"
+    if gain != 1:
+        line += f"\t{gain}"
+    if remark:
+        line = f"{number}\tkept\t{entry.name}\tkept, but {remark}\n{line}"
+    return waveform, f"{line}\n"
+
+
+def decode(path: str) -> tuple[Tensor, int, str]:
+    """A whole file, in pieces to save memory: int16 (S,), the gain that it was divided by, and what is wrong
+    with it. A piece that is damaged, or no audio, is silence. Raises InputError if all are."""
+    pieces = []
+    gain = 1
+    problems = []
+    is_good = False
+    for piece, problem in stream(path, CLIP_FRAMES * FRAME_SHIFT):
+        try:
+            if len(piece):
+                check_peak(piece, allow_silence=True)
+        except InputError as error:
+            problem = f"{error} (at {sum(map(len, pieces)) / SAMPLE_RATE:.1f} s)"
+            piece = torch.zeros_like(piece)
+        if problem:
+            problems.append(problem)
+        if not len(piece):
+            continue  # the last words on the file
+        is_good = is_good or not problem or bool(piece.any())
+        peak = 32768 * piece
+        while peak.max() >= 32767.5 * gain or peak.min() < -32768.5 * gain:
+            gain *= 2
+            pieces = [(piece / 2).round().to(torch.int16) for piece in pieces]
+        pieces.append((peak / gain).round().to(torch.int16))
+    if pieces and not is_good:
+        raise InputError(problems[0])
+    waveform = torch.cat([torch.empty(0, dtype=torch.int16), *pieces])
+    if len(waveform) < FRAME_LENGTH:
+        raise InputError("too short")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return waveform, gain, "; ".join(problems[:3]) + more
+
+
+def finish(partial: Path, pcm: Path, output: str) -> int:
+    """Write the manifest and .bad of a listing; returns the exit status. Raises InputError if no clip is good."""
+
+    def texts(*kinds: str) -> Iterator[str]:
+        with open(partial, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            next(file)
+            for line in file:
+                _, kind, text = line.removesuffix("\n").split("\t", 2)
+                if kind in kinds:
+                    yield text
+
+    write_bad(output, texts("left out", "lost", "kept"))
+    n_clips = sum(1 for _ in texts("clip"))
+    if not n_clips:
+        partial.unlink()  # to begin anew
+        pcm.unlink()
+        raise InputError(f"no clip can be read: see {output}.bad")
+    write_lines(output, itertools.chain([pcm.name], texts("clip")))
+    reasons = [text.split("\t")[1] for text in texts("left out")]
+    hours = os.path.getsize(pcm) / 2 / SAMPLE_RATE / 3600
+    print(f"{output}: {n_clips} clips in {pcm}, {hours:.2f} h" + left_out(reasons, output))
+    print_kept(sum(1 for _ in texts("kept")), output)
+    print_classes(texts("clip"))
+    lost = list(texts("lost"))
+    for text in lost:
+        print(f"WARNING: clips are missing: {text.expandtabs(1)}", file=sys.stderr)
+    partial.unlink()
+    return 1 if lost else 0
+
+
+# ----- Public data sets ------------------------------------------------------------------------------------
+
+
+def read_table(path: str | os.PathLike, **form) -> list[list[str]]:
+    """Rows of a CSV without its lines that begin with '#'. Raises InputError if it cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = (line for line in file if not line.startswith("#"))
+            return [row for row in csv.reader(lines, **form) if row]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except csv.Error as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def check_label(label: str) -> str:
@@ -86,147 +529,15 @@ def check_label(label: str) -> str:
     return label
 
 
-def scan(folder: str, output: str, labels: str | None) -> None:
-    """A manifest of every audio file below a folder.
-    Labelled, with "", by the folders that they lie in, or by a table; then what has no label is left out."""
-    files = find_audio(folder)
-    if labels is None:
-        return write_manifest(output, folder, [(path, "") for path in files])
-    found = {path: [path.parent.name] for path in files if path.parent != Path(folder)}
-    if labels:
-        rows = read_table(labels, skipinitialspace=True)
-        if rows and rows[0][0].lower() in ("file", "filename", "path"):
-            more, rows = rows[0][2:], rows[1:]
-            if odd := [title for title in more if title and not title.lower().startswith("label")]:
-                raise InputError(f"{labels}: the column {odd[0]!r} is no label: remove it, or name it label")
-        found = {Path(folder, name): [] for name, *_ in rows}
-        for name, *cells in rows:  # several of a file add up
-            found[Path(folder, name)] += ",".join(cells).split(",")
-    found = {path: [*dict.fromkeys(filter(None, map(str.strip, own)))] for path, own in found.items()}
-    labelled = [(path, ",".join(map(check_label, found[path]))) for path in files if found.get(path)]
-    bad = {path: "no label" for path in files if not found.get(path)}
-    bad |= dict.fromkeys(found.keys() - set(files), "no such file")
-    if not labelled:
-        raise InputError(f"none of the {len(files)} audio files has a label in {labels or 'its folder'}")
-    lines = [f"{printable(os.path.relpath(path, folder))}\t{reason}" for path, reason in sorted(bad.items())]
-    write_manifest(output, folder, labelled, lines)
-
-
-def released(source: str, output: str) -> None:
-    """A manifest from the released code's .tsv, and .lbl beside it: ids and labels, a line for each clip."""
-    try:
-        root, *lines = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff").split("\n")
-        lbl = Path(source).with_suffix(".lbl")
-        labels = os.fsdecode(lbl.read_bytes()).split("\n") if lbl.exists() else []
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}") from None
-    names = [line.rsplit(None, 1)[0] for line in lines if line.strip()]
-    rows = [line.rsplit(None, 1) for line in labels if line.strip()]
-    if lbl.exists() and (len(rows) != len(names) or any(len(row) < 2 for row in rows)):
-        raise InputError(f"{lbl} must have one line 'id label,label' for each of the {len(names)} clips")
-    ids, root = [row[0].strip() for row in rows], os.path.join(os.path.dirname(source), root.strip())
-    if sorted(ids) == sorted(stems := [Path(name).stem for name in names]) and ids != stems:
-        raise InputError(f"{lbl} lists the clips in another order than {source}")
-    labels = [row[1] for row in rows] or [""] * len(names)
-    write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
-
-
-def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
-    """Mean and std of the log-mel values, without padding, of max_clips clips spread over a manifest."""
-    init_distributed()  # keeps freed memory
-    data = AudioDataset(source)
-    items = torch.linspace(0, len(data) - 1, max(1, min(max_clips, len(data)))).long().tolist()
-    sums, n_bad = torch.zeros(3, dtype=torch.float64), 0
-    loader = build_loader(data, [[item] for item in items], workers, 60 * timeout)
-    for batch in tqdm(loader, "stats", len(items), unit="clip", disable=None):
-        if batch.problems[0]:
-            n_bad += 1
-            continue
-        spec = log_mel(batch.waveform[:, : batch.n_samples[0]]).double()
-        sums += torch.stack([spec.sum(), spec.square().sum(), torch.tensor(spec.numel())])
-    if not sums[2]:
-        raise InputError(f"none of the {n_bad} clips of {source} can be read")
-    mean, std = sums[0] / sums[2], (sums[1] / sums[2] - (sums[0] / sums[2]) ** 2).sqrt()
-    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {len(items) - n_bad} clips, {n_bad} unreadable")
-
-
-def pack(source: str, output: str, workers: int, timeout: float = 30) -> None:
-    """Decode a manifest's clips into one .pcm file, and list them in `output`.
-    Started again, it goes on where it was: `output`.partial has a hash of the manifest, then a line for each
-    of its clips that is done. Raises InputError if that was begun with another manifest."""
-    if not output.endswith(".tsv") or os.path.exists(output):
-        raise InputError(f"{output}: choose a new name that ends with .tsv")
-    manifest, partial, pcm = Manifest(source), Path(f"{output}.partial"), Path(output).with_suffix(".pcm")
-    if pcm.exists() and not partial.exists():
-        raise InputError(f"{pcm} exists: remove it or choose another name")
-    pcm.parent.mkdir(parents=True, exist_ok=True), partial.touch(), pcm.touch()
-    listed = os.fsencode(os.path.abspath(manifest.root)) + manifest.text.numpy().tobytes()
-    digest = hashlib.sha256(listed).hexdigest()
-    first, *done = read_lines(partial) or [digest]  # whole lines: the last may be half-written
-    n_bytes = 2 * sum(int(line.split("\t")[1]) for line in done)
-    if first != digest or os.path.getsize(pcm) < n_bytes:
-        raise InputError(f"{partial} was begun with another manifest or .pcm: remove it and {pcm}")
-    write_lines(partial, [digest, *done])
-    with open(partial, "ab") as listing, open(pcm, "r+b") as samples:
-        samples.seek(n_bytes), samples.truncate()
-        clips, read = range(len(manifest.begins)), functools.partial(read_whole, manifest)
-        rest = clips[len(done) :]
-        loader = build_loader(clips, zip(rest), workers, 60 * timeout, collate_fn=read)
-        for waveform, line in tqdm(loader, "pack", len(rest), unit="clip", disable=None):
-            samples.write(waveform.numpy().astype("<i2").tobytes()), samples.flush()
-            listing.write(os.fsencode(f"{line}\n")), listing.flush()
-        os.fsync(samples.fileno())
-    rows = [line.split("\t") for line in read_lines(partial)[1:]]
-    bad = [f"{row[0]}\t{row[2]}" for row in rows if row[1] == "0"]
-    if bad:
-        write_lines(f"{output}.bad", bad)
-    if len(bad) == len(rows):
-        partial.unlink(), pcm.unlink()  # to begin anew
-        raise InputError(f"no clip of {source} can be read: see {output}.bad")
-    write_lines(output, [pcm.name, *("\t".join(row) for row in rows if row[1] != "0")])
-    partial.unlink()
-    left_out = f"; {len(bad)} left out, listed in {output}.bad" if bad else ""
-    print(f"{output}: {len(rows) - len(bad)} clips in {pcm}{left_out}")
-
-
-def read_whole(manifest: Manifest, clips: list[int]) -> tuple[Tensor, str]:
-    """The one clip's whole file as int16, decoded in pieces to save memory; and its line of the listing."""
-    (i,) = clips
-    (name, _, *labels), hop = manifest.fields(i), CLIP_FRAMES * FRAME_SHIFT
-    try:
-        pieces, gain = [], 1
-        for piece in read_pieces(manifest.path(i), hop, hop):
-            check_peak(piece, allow_silence=True)
-            while piece.max() * 32768 >= 32767.5 * gain or piece.min() * 32768 < -32768.5 * gain:
-                gain, pieces = 2 * gain, [(p / 2).round().to(torch.int16) for p in pieces]
-            pieces.append((piece * (32768 / gain)).round().to(torch.int16))
-        waveform = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int16)
-        if len(waveform) < FRAME_LENGTH:
-            raise InputError("too short")
-        more = labels[:1] if gain == 1 else ["".join(labels[:1]), str(gain)]
-        return waveform, "\t".join([name, str(len(waveform)), *more])
-    except InputError as error:
-        return torch.empty(0, dtype=torch.int16), f"{name}\t0\t{error}"
-
-
-def read_table(path: str | os.PathLike, **form) -> list[list[str]]:
-    """Rows of a CSV without its lines that begin with '#'. Raises InputError if it cannot be read."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = (line for line in file if not line.startswith("#"))
-            return [row for row in csv.reader(lines, **form) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = getattr(error, "strerror", "") or first_line(error)
-        raise InputError(f"cannot read {path}: {said}") from None
-
-
 def esc50(folder: str, output: str) -> None:
     """Manifests of ESC-50's folds, from its meta/esc50.csv: testK.tsv is fold K, trainK.tsv the others."""
     table = f"{folder}/meta/esc50.csv"
-    header, *rows = read_table(table) or [[]]
+    rows = read_table(table)
+    header = rows.pop(0) if rows else []
     if not {"filename", "fold", "category"} <= set(header) or any(len(row) != len(header) for row in rows):
         raise InputError(f"{table} is not the table of ESC-50: it begins with {','.join(header)}")
-    clips, audio = [dict(zip(header, row)) for row in rows], Path(folder, "audio")
+    clips = [dict(zip(header, row)) for row in rows]
+    audio = Path(folder, "audio")
     for clip in clips:
         check_label(clip["category"])
         if not clip["fold"].isdecimal() or os.path.basename(clip["filename"]) != clip["filename"]:
@@ -235,9 +546,10 @@ def esc50(folder: str, output: str) -> None:
     if len(folds) < 2:
         raise InputError(f"{table} has one fold only: there is nothing to train on")
     for fold in folds:
-        for part in ("train", "test"):
-            own = [clip for clip in clips if (clip["fold"] == fold) == (part == "test")]
-            files = [(audio / clip["filename"], clip["category"]) for clip in own]
+        train = [clip for clip in clips if clip["fold"] != fold]
+        test = [clip for clip in clips if clip["fold"] == fold]
+        for part, own in (("train", train), ("test", test)):
+            files = [(audio / clip["filename"], [clip["category"]]) for clip in own]
             write_manifest(f"{output}/{part}{fold}.tsv", str(audio), files)
 
 
@@ -245,69 +557,122 @@ def speechcommands(folder: str, output: str) -> None:
     """Manifests of Speech Commands, a folder a word, split by validation_list.txt and testing_list.txt."""
     part_of = {}
     for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
-        part_of |= dict.fromkeys((row[0] for row in read_table(f"{folder}/{name}")), part)
+        for row in read_table(f"{folder}/{name}"):
+            part_of[row[0]] = part
     files = dict(train=[], valid=[], test=[])
     for path in find_audio(folder):
-        word, name = path.parent.name, path.relative_to(folder).as_posix()
+        word = path.parent.name
+        name = path.relative_to(folder).as_posix()
         if name.count("/") == 1 and not word.startswith("_"):  # _background_noise_ is not a word
-            files[part_of.pop(name, "train")].append((path, check_label(word)))
+            part = part_of.pop(name, "train")
+            files[part].append((path, [check_label(word)]))
     for part in files:
-        bad = [f"{name}\tno such file" for name, where in part_of.items() if where == part]
+        bad = [(name, "no such file") for name, where in part_of.items() if where == part]
         write_manifest(f"{output}/{part}.tsv", folder, files[part], bad)
 
 
 def audioset(segments: str, labels: str, folder: str, output: str) -> None:
     """A manifest of the clips of an AudioSet list (YTID, start, end, "label,label") that are below a folder.
-    `labels` is class_labels_indices.csv; a clip's file is known by the 11 characters of its YTID at the
-    beginning of the name, or behind a Y; and by its start, in s or ms, if only numbers follow."""
-    known, rows = read_classes(labels), read_table(segments, skipinitialspace=True)
+    `labels` is class_labels_indices.csv. A clip's file is known by the 11 characters of its YTID: in brackets
+    as yt-dlp writes them, at the beginning of the name, or behind a Y; and by its start, in s or ms, if only
+    numbers follow."""
+    known = read_classes(labels)
+    rows = read_table(segments, skipinitialspace=True)
     if not rows or any(len(row) < 4 or not re.fullmatch(r"\d+(\.\d+)?", row[1]) for row in rows):
         raise InputError(f"{segments} is not a list of AudioSet segments: YTID, start, end, labels")
-    by_id, behind_y = {}, {}
+    tables = [{} for _ in ID_FORMS]  # of each form: YTID -> files, each with what follows in its name
     for path in find_audio(folder):
-        if len(path.stem) > 11 and path.stem[0] == "Y":
-            behind_y.setdefault(path.stem[1:12], []).append((path, path.stem[12:]))
-        if len(path.stem) == 11 or path.stem[11:12] in ("_", "-", "."):
-            by_id.setdefault(path.stem[:11], []).append((path, path.stem[11:]))
-    files, bad, cut = [], [], re.compile(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?")  # _start[_end]
+        for form, table in zip(ID_FORMS, tables):
+            match = re.fullmatch(form, path.stem, re.DOTALL)
+            if match:
+                table.setdefault(match[1], []).append((path, match[2]))
+    files = []
+    bad = []
     for name, start, _, own, *_ in rows:
-        if unknown := set(own.split(",")) - known.keys():
+        unknown = set(own.split(",")) - known.keys()
+        if unknown:
             raise InputError(f"{segments}: {name} has the label {min(unknown)!r}, which {labels} lacks")
-        found, times = by_id.get(name) or behind_y.get(name, []), (float(start), 1000 * float(start))
-        paths = [path for path, rest in found if not (n := cut.fullmatch(rest)) or float(n[1]) in times]
+        found = next((table[name] for table in tables if name in table), [])
+        paths = [path for path, rest in found if may_begin_at(float(start), rest)]
         if len(paths) == 1:
-            files.append((paths[0], own))
+            files.append((paths[0], own.split(",")))
         else:
-            bad.append(f"{name}\t{len(paths) or 'no'} files that begin at {start} s")
+            bad.append((name, f"{len(paths) or 'no'} files that begin at {start} s"))
     write_manifest(output, folder, files, bad)
 
 
+def may_begin_at(start: float, rest: str) -> bool:
+    """Whether what follows a YTID, such as _30.000_40.000 or _30000, is no other time."""
+    match = re.fullmatch(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?", rest)
+    return match is None or float(match[1]) in (start, 1000 * start)
+
+
+def released(source: str, output: str) -> None:
+    """A manifest from the released code's .tsv, and .lbl beside it: ids and labels, a line for each clip."""
+    lbl = Path(source).with_suffix(".lbl")
+    try:
+        text = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff")
+        label_text = os.fsdecode(lbl.read_bytes()) if lbl.exists() else ""
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
+    root, *lines = text.split("\n")
+    root = os.path.join(os.path.dirname(source), root.strip())
+    names = [line.rsplit(None, 1)[0] for line in lines if line.strip()]
+    labels = [[]] * len(names)
+    if lbl.exists():
+        rows = [line.rsplit(None, 1) for line in label_text.split("\n") if line.strip()]
+        if len(rows) != len(names) or any(len(row) < 2 for row in rows):
+            raise InputError(f"{lbl} must have one line 'id label,label' for each of the {len(names)} clips")
+        ids = [row[0].strip() for row in rows]
+        stems = [Path(name).stem for name in names]
+        if ids != stems and sorted(ids) == sorted(stems):
+            raise InputError(f"{lbl} lists the clips in another order than {source}")
+        labels = [row[1].split(",") for row in rows]
+    write_manifest(output, root, [(Path(root, name), own) for name, own in zip(names, labels)])
+
+
+# ----- Command line ----------------------------------------------------------------------------------------
+
+
+def n_workers(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
+
+
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    """Do what the command line says; returns the exit status."""
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function, *arguments in (
-        (scan, "folder", "-o"), (stats, "source"), (pack, "source", "output"), (esc50, "folder", "-o"),
-        (speechcommands, "folder", "-o"), (audioset, "segments", "labels", "folder", "-o"),
-        (released, "source", "-o"),
-    ):  # fmt: skip
-        command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0])
+    positional = {
+        scan: ["folder"], stats: ["source"], pack: ["sources", "output"], esc50: ["folder"],
+        speechcommands: ["folder"], audioset: ["segments", "labels", "folder"], released: ["source"],
+    }  # fmt: skip
+    for function, names in positional.items():
+        summary = function.__doc__.splitlines()[0]
+        command = commands.add_parser(function.__name__, help=summary, description=function.__doc__)
         command.set_defaults(function=function)
-        for name in arguments:
-            command.add_argument(name, **(dict(dest="output", required=True) if name == "-o" else {}))
+        for name in names:
+            command.add_argument(name, nargs="+" if name == "sources" else None)
+        if function not in (stats, pack):
+            command.add_argument("-o", dest="output", required=True, help="the manifest, or the folder of several")
         if function is scan:
-            by = "by the folder they lie in, or by a table: file,label[,label]"
-            command.add_argument("--labels", nargs="?", const="", metavar="CSV", help=by)
+            by = "by the first folder below DIR, or by a table"
+            command.add_argument("--labels", nargs="?", const="", metavar="TABLE", help=by)
+            command.add_argument("--force", action="store_true", help="replace a manifest that lists other clips")
         if function is stats:
-            command.add_argument("--max_clips", type=int, default=10_000)
+            command.add_argument("--max_clips", type=int, default=10_000, help="pieces to measure")
+        if function is pack:
+            command.add_argument("--classes", default="", help="class_labels_indices.csv: use its mids as labels")
         if function in (stats, pack):
-            command.add_argument("--workers", type=int, default=os.cpu_count())
+            command.add_argument("--workers", type=n_workers, default=os.cpu_count(), help="threads")
             command.add_argument("--timeout", type=float, default=30, help="minutes, then what hangs fails")
     args = vars(parser.parse_args())
-    silence_libraries()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("prepare.py is one process that uses all cores: start it without torchrun")
     del args["command"]
-    args.pop("function")(**args)
-    return 0
+    function = args.pop("function")
+    return function(**args) or 0
 
 
 if __name__ == "__main__":
