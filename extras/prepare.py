@@ -347,7 +347,8 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     done = read_partial(partial, digest)
     if os.path.getsize(pcm) < done.n_bytes:
         raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
-    with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, TemporaryDirectory() as folder:
+    temporary = TemporaryDirectory(ignore_cleanup_errors=True)  # after an error threads may still use it
+    with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, temporary as folder:
         listing.truncate(done.n_listed)
         listing.seek(done.n_listed)
         samples.truncate(done.n_bytes)
@@ -370,6 +371,10 @@ def identity(source: str) -> tuple:
     if source.endswith(SHARDS):
         check_shard(source)
         return source, os.path.getsize(source)
+    if os.path.isfile(source):
+        with open(source, "rb") as file:
+            if b"\0" in file.read(1024):
+                raise InputError(f"{source} is no manifest, and not named .tar or .parquet: unpack it, or rename it")
     manifest = Manifest(source)
     return os.path.abspath(manifest.root), manifest.digest
 
@@ -403,7 +408,10 @@ def all_entries(sources: list[str], classes: dict[str, str], done: Done) -> Iter
     is_told = False
     for number in range(done.source, len(sources)):
         source = sources[number]
-        entries = entries_of(source, classes) if source.endswith(SHARDS) else manifest_entries(source)
+        if source.endswith(SHARDS):
+            entries = entries_of(source, classes)
+        else:
+            entries = manifest_entries(source)
         for entry in itertools.islice(entries, n_done, None):
             is_told = is_told or say_if_comma(entry.labels)
             yield number, entry

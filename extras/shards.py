@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data import InputError, first_line
 from extras.media import AUDIO_SUFFIXES, what_is
-from extras.labels import WORDS, is_number, labels_in
+from extras.labels import WORDS, is_number, labels_in, printable
 
 BLOCK = tarfile.BLOCKSIZE
 SIDECARS = (".json", ".cls", ".txt")  # labels beside the sound, the best first
@@ -26,11 +26,12 @@ MAX_BYTES = 2**31
 
 
 class Entry(NamedTuple):
-    """A clip of a shard, or what is wrong in its place."""
+    """A clip to be packed, or what is wrong in its place."""
 
     name: str
     labels: list[str] = []
-    read: Callable[[], bytes] | None = None  # the bytes of its file
+    path: str = ""  # of its file or, in a shard,
+    read: Callable[[], bytes] | None = None  # the bytes of that
     problem: str = ""
     is_loss: bool = False  # more than this clip may be missing
 
@@ -40,16 +41,16 @@ def check_shard(path: str) -> None:
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
     if path.endswith(".parquet"):
-        open_parquet(path)
+        sound_column(path, open_parquet(path).schema_arrow)
     elif not tarfile.is_tarfile(path):
         raise InputError(f"{path} is no tar file: {what_is(path) or 'download it again'}")
 
 
 def entries_of(path: str, classes: dict[str, str]) -> Iterator[Entry]:
     """The clips of a shard in order. `classes` (label -> name), if any, are the labels to use."""
-    if path.endswith(".parquet"):
-        return parquet_entries(path, Labeller(classes))
-    return tar_entries(path, Labeller(classes))
+    read = parquet_entries if path.endswith(".parquet") else tar_entries
+    for entry in read(path, Labeller(classes)):
+        yield entry._replace(name=printable(entry.name))
 
 
 # ----- Labels ----------------------------------------------------------------------------------------------
@@ -72,7 +73,8 @@ class Labeller:
         for field in (*FIELDS, *others):
             labels = labels_in(record.get(field))
             if names and field in names:
-                labels = [names[field][int(label)] for label in labels if label != "-1"]  # -1: none
+                own = dict(enumerate(names[field]))
+                labels = [own.get(int(label), label) for label in labels if label != "-1"]  # -1: none
             if labels:
                 found.append(labels)
         found.sort(key=lambda labels: all(map(is_number, labels)))  # names before numbers
@@ -170,7 +172,8 @@ def group_entries(path: str, group: list[tarfile.TarInfo], labeller: Labeller) -
             continue
         try:
             labels = sidecar_labels(path, own, labeller)
-            yield Entry(name, labels, functools.partial(read_part, path, sound.offset_data, sound.size))
+            read = functools.partial(read_part, path, sound.offset_data, sound.size)
+            yield Entry(name, labels, read=read)
         except InputError as error:
             yield Entry(name, problem=str(error))
 
@@ -273,6 +276,6 @@ def row_entry(
         data = sound.get("bytes")
         if not data:
             raise InputError("the row holds no sound")
-        return Entry(name, labeller(row, names), lambda: data)
+        return Entry(name, labeller(row, names), read=lambda: data)
     except InputError as error:
         return Entry(name, problem=str(error))
