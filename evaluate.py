@@ -1,30 +1,27 @@
-"""How good is it? And what all scripts have: settings and processes.
+"""How good is it? Metrics, predictions, probes; and how all scripts start, save and end.
 
     python evaluate.py CKPT eval.tsv              fine-tuned: mAP, AUC, d-prime, accuracy; a CSV of classes
-    python evaluate.py CKPT train.tsv test.tsv    frozen: linear and nearest-neighbour probes of the encoder
+    python evaluate.py CKPT train.tsv test.tsv    frozen: a linear probe of the encoder
 
-CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Both run under torchrun
-too, with the same numbers, in fp32 like the published scores.
+CKPT is a run folder, a .pt file or released weights. Both run under torchrun too, with the same numbers, in
+fp32 like the published scores.
 """
 
 import argparse
-import contextlib
-import csv
 import ctypes
 import dataclasses
 import datetime
-import difflib
-import gc
 import inspect
 import json
 import math
 import os
-import re
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args
+from typing import IO, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -34,219 +31,67 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import AudioDataset, InputError, Labelled, build_loader, first_line, open_labelled, spectrogram
-from model import AudioClassifier, CheckpointError, Encoder, ModelConfig
+from extras.tables import load_classifier, roc_auc, write_table
+from model import AudioClassifier, CheckpointError, Encoder, ModelConfig, load_checkpoint, pool
 
-# ----- Scripts: settings and processes ---------------------------------------------------------------------
-
-# What a setting may be: its type, in words, and the test
-Count = Annotated[int, "a whole number above 0", lambda x: 0 < x < 2**62]
-Frames = Annotated[int, "a multiple of 16, of a patch's frames", lambda x: 0 < x < 2**62 and x % 16 == 0]
-Whole = Annotated[int, "a whole number from 0 on", lambda x: 0 <= x < 2**62]
-Above0 = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
-AtLeast0 = Annotated[float, "a number from 0 on", lambda x: 0 <= x < math.inf]
-Below1 = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
-UpTo1 = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-Number = Annotated[float, "a number", math.isfinite]
-
-
-def check_settings(config) -> None:
-    """Refuse what the type of a field rules out, or a warm-up as long as the run. Raises InputError."""
-    if config.warmup >= config.updates:
-        raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
-    for field in dataclasses.fields(config):
-        value, args = getattr(config, field.name), get_args(field.type)
-        if args and isinstance(value, str) and value not in args:  # Literal: what may be chosen
-            raise InputError(f"--{field.name} {value}: choose from {', '.join(args)}")
-        if args and not isinstance(value, str) and not args[2](value):  # Annotated: type, words, test
-            raise InputError(f"--{field.name} must be {args[1]}, not {value}")
-
-
-def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
-    """Command line -> config, or InputError: a flag a field, its comment as help; presets change defaults.
-    What is not given follows from what is: warm-ups keep their share of --updates, and a preset's sets to
-    score on are not for other --data."""
-
-    def refuse(message: str) -> None:
-        near = difflib.get_close_matches(message.split(": ")[-1].split(" ")[0], map("--{}".format, fields))
-        raise InputError(f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the flags'})")
-
-    argv = sys.argv[1:] if argv is None else argv
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    lines = re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))", inspect.getsource(cls), re.M)
-    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage="%(prog)s [--flag value ...]")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets, default=next(iter(presets)), help="row of defaults")
-    parser = argparse.ArgumentParser(description=cls.__doc__, parents=[first], allow_abbrev=False, **form)
-    first.error = parser.error = refuse
-    for heading, name, comment in lines:
-        if heading:
-            group = parser.add_argument_group(heading)
-        elif name in fields:
-            kind, default = fields[name].type, fields[name].default
-            choices = "|".join(get_args(kind)) if isinstance(default, str) else ""
-            value = dict(type=type(default), metavar=choices or type(default).__name__)
-            value = dict(action=argparse.BooleanOptionalAction) if kind is bool else value
-            group.add_argument(f"--{name}", default=default, help=comment, **value)
-    parser.set_defaults(**presets[first.parse_known_args(argv)[0].preset])
-    values, usual = vars(parser.parse_args(argv)), vars(parser.parse_args([]))
-    given = {re.sub("^--(no-)?|=.*", "", word) for word in argv if word.startswith("--")}
-    derived = fields.keys() - given
-    for name in derived & {"warmup", "ema_anneal"}:
-        least = int(name == "ema_anneal")
-        values[name] = max(least, values[name] * values["updates"] // usual["updates"])
-    for name in derived & {"eval_data", "probe_train", "probe_test"}:
-        values[name] = "" if "data" in given else values[name]
-    return cls(**{name: values[name] for name in fields})
-
-
-def init_distributed(timeout: float = 30) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, if it did: (rank, world size, this process's device). One
-    that waits `timeout` minutes for the others fails, and torchrun then ends the job."""
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and torch.version.cuda and os.path.exists("/dev/nvidia0"):
-        if os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
-            built = f"this PyTorch is built for CUDA {torch.version.cuda}"
-            raise InputError(f"the GPU's driver is too old, {built} (CUDA_VISIBLE_DEVICES= for the CPU)")
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise InputError(f"{torch.cuda.device_count()} GPUs here: start no more processes (--nproc_per_node)")
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
-        torch.backends.cudnn.benchmark = True  # shapes are fixed
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has made nan of bf16 (pytorch#196678)
-        torch.cuda.set_device(device)
-    elif hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: fresh pages cost a tenth of a small update
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
-    if world > 1:
-        # torchrun's restarts share a store, and would find the addresses of the dead in it (pytorch#135712)
-        store, rank, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        on_gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=device)
-        options = on_gpu if device.type == "cuda" else dict(backend="gloo")
-        limit = datetime.timedelta(minutes=min(timeout, 1e6))
-        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit, **options)
-    return int(os.environ.get("RANK", 0)), world, device
-
-
-def distribute(model: nn.Module) -> nn.Module:
-    """The model or, among several processes, the DistributedDataParallel that averages its gradients."""
-    if dist.is_initialized():
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        if not torch.cuda.is_available():  # else it sums in another order from its second update on
-            model.reducer._push_all_rebuilt_params()
-    return model
-
-
-def accumulating(model: nn.Module, is_more_to_come: bool) -> contextlib.AbstractContextManager:
-    """Where to compute a part of an update: gradients are averaged over processes in the last part only."""
-    return model.no_sync() if is_more_to_come and hasattr(model, "no_sync") else contextlib.nullcontext()
-
-
-def pick_precision(amp: str, device: torch.device) -> tuple[str, torch.dtype]:
-    """Name and type of --amp on a device; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."""
-    if amp == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
-    return amp, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[amp]
-
-
-def run_script(main: Callable[[], int]) -> None:
-    """Run a script to its exit status; user errors are printed in one line, by one process."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
-    status, line, get_store = 1, None, dist.distributed_c10d._get_default_store
-    try:
-        status, line = main(), ""
-    except KeyboardInterrupt:
-        line = "interrupted"
-    except (InputError, CheckpointError, OSError) as error:  # of a loader, the last line of its traceback
-        line = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-    except (RuntimeError, ValueError) as error:
-        if re.search("DataLoader|num_workers", str(error)):  # below 0, waited too long, or one is dead
-            cure = "more shared memory (docker --ipc=host or --shm-size), or --workers 0"
-            line, _holds_loaders = f"{first_line(error).rstrip('.')}: try {cure}", error  # until it is said
-        elif not (dist.is_initialized() and get_store().check(["said"])):  # or another process has said why
-            raise
-    is_joined, rank = dist.is_initialized(), os.environ.get("RANK", "0")
-    if line and (get_store().add("said", 1) == 1 if is_joined else rank == "0"):
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    elif line and not is_joined:
-        time.sleep(10)  # torchrun ends all with the first that ends: let that be the one that speaks
-    gc.collect()  # a DistributedDataParallel left over would keep the group's threads beyond Python's end
-    if is_joined and line == "":  # after an error of others NCCL would wait for them here
-        dist.destroy_process_group()
-    sys.exit(status)
-
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked
+    fcntl = None
 
 # ----- Metrics ---------------------------------------------------------------------------------------------
-
-
-def per_class(metric: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: Tensor) -> Tensor:
-    """metric(scores (n,), targets (n,) bool) of every class: (n, C), (n, C) -> (C,) float64."""
-    if scores.shape != targets.shape or scores.ndim != 2 or not len(scores):
-        raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} do not match")
-    if not scores.isfinite().all():
-        raise ValueError("some scores are not finite")
-    return torch.stack([metric(s.contiguous(), y) for s, y in zip(scores.T, targets.bool().T)])
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """Average precision of each class, as scikit-learn's: (n, C) scores, (n, C) 0 or 1 -> (C,) float64.
     The mean, over a class's positives, of the precision among the clips that score at least as high. A class
     without positives has 0. Raises ValueError for scores that are not finite."""
+    if scores.shape != targets.shape or scores.ndim != 2 or not scores.isfinite().all():
+        raise ValueError("expected finite scores and their targets, both (clips, classes)")
+    result = []
+    for score, target in zip(scores.T, targets.bool().T):
+        everything = score.sort().values
+        positives = score[target].sort().values
+        hits = len(positives) - torch.searchsorted(positives, positives)  # positives at least as high
+        rank = len(score) - torch.searchsorted(everything, positives)     # clips at least as high
+        result.append((hits / rank.double()).sum() / max(1, len(positives)))
+    return torch.stack(result)
 
-    def of_one(scores: Tensor, targets: Tensor) -> Tensor:
-        everything, positives = scores.sort().values, scores[targets].sort().values
-        hits = len(positives) - torch.searchsorted(positives, positives)
-        rank = len(everything) - torch.searchsorted(everything, positives)
-        return (hits / rank.double()).sum() / max(1, len(positives))
 
-    return per_class(of_one, scores, targets)
-
-
-def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
-    """Area under the ROC curve of each class: (C,) float64, nan if it has no positives or no negatives.
-    The share of pairs of a positive and a negative where the positive scores higher; equal ones are half."""
-
-    def of_one(scores: Tensor, targets: Tensor) -> Tensor:
-        positives, negatives = scores[targets], scores[~targets].sort().values
-        below, not_above = (torch.searchsorted(negatives, positives, right=right) for right in (False, True))
-        return (below + not_above).double().mean() / (2.0 * len(negatives) or math.nan)
-
-    return per_class(of_one, scores, targets)
+def has_one_class(targets: Tensor) -> bool:
+    """Whether every clip of targets (n, C) has exactly one class."""
+    return bool((targets.sum(1) == 1).all())
 
 
 def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
     """All metrics of (n, C) scores, and the average precision of each class (C,).
-    mAP (classes without positives count as 0, as in scikit-learn and the released code, and are counted), AUC
-    (over the classes that have both) and d-prime (the distance of two unit normal distributions with that
-    AUC, None where infinite); and accuracy, of the highest score, if every clip has one class."""
-    precision, auc = average_precision(scores, targets), roc_auc(scores, targets)
+    mAP counts classes without positives as 0, as scikit-learn and the released code do. AUC is the mean over
+    the classes that have both; d-prime, unless infinite, the distance of two unit normal distributions with
+    that AUC. Accuracy, of the highest score, if every clip has one class."""
+    precision = average_precision(scores, targets)
     result = dict(clips=len(scores), classes=scores.shape[1], mAP=precision.mean().item())
-    if auc.isfinite().any():
-        auc = auc[auc.isfinite()].mean()
-        d_prime = math.sqrt(2) * torch.special.ndtri(auc).item()
-        result |= dict(AUC=auc.item(), d_prime=d_prime if 0 < auc < 1 else None)
-    if (targets.sum(1) == 1).all():
-        result |= dict(accuracy=targets.bool()[range(len(scores)), scores.argmax(1)].double().mean().item())
-    empty, full = (targets.sum(0) == 0).sum().item(), (targets.sum(0) == len(targets)).sum().item()
-    return result | dict(classes_without_positives=empty, classes_without_negatives=full), precision
+    auc = roc_auc(scores, targets).nanmean()
+    if auc.isfinite():
+        result["AUC"] = auc.item()
+        if 0 < auc < 1:
+            result["d_prime"] = math.sqrt(2) * torch.special.ndtri(auc).item()
+    if has_one_class(targets):
+        is_right = scores.argmax(1) == targets.int().argmax(1)
+        result["accuracy"] = is_right.double().mean().item()
+    result["classes_without_positives"] = int((targets.sum(0) == 0).sum())
+    return result, precision
 
 
-@torch.no_grad()
-def masked_std(x: Tensor, weight: Tensor) -> float:
-    """Spread of features over the masked patches of all processes, the sign of a collapse when it nears 0.
-    x (R, D), weight (R,) how often each row counts: mean over channels of the square root of the unbiased
-    variance + 1e-6 (EAT_pretraining.py:830-845, where it is called target_var and pred_var)."""
-    x, weight = x.double(), weight.double()
-    sums = torch.cat([weight.sum()[None], weight @ x, weight @ x.square()])  # (1 + 2D,)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    count, total, square = sums[0], *sums[1:].chunk(2)
-    return ((square - total**2 / count) / (count - 1) + 1e-6).sqrt().mean().item()
+def spread(x: Tensor) -> float:
+    """Standard deviation over rows, its mean over channels: (R, D) -> a number, near 0 after a collapse.
+    The released code calls it target_var and pred_var (EAT_pretraining.py:830-845)."""
+    return (x.var(0) + 1e-6).sqrt().mean().item()
 
 
 # ----- Predictions -----------------------------------------------------------------------------------------
+
+
+Function = Callable[[Tensor], Tensor]  # of a batch of spectrograms: (B, 1, F, M) -> (B, ...)
 
 
 class Predictions(NamedTuple):
@@ -257,243 +102,417 @@ class Predictions(NamedTuple):
     problems: list[str]  # the others: file and reason
 
 
+def gather(x: list) -> list:
+    """The lists of all processes, one after the other."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return sum(parts, [])
+
+
 @torch.no_grad()
 def predict(
-    function: Callable[[Tensor], Tensor], data: AudioDataset, config: ModelConfig, device: torch.device,
-    workers: int = 0, batch_size: int = 32, **loading,
+    function: Function, data: AudioDataset, config: ModelConfig, device: torch.device,
+    workers: int = 0, batch_size: int = 32, timeout: float = 1800,
 ) -> Predictions:  # fmt: skip
-    """Apply `function`, (B, 1, F, M) -> (B, ...), to every item of a data set once: each process to a stretch
-    of them, all get all the results. Raises InputError if none can be read."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = torch.arange(len(data)).tensor_split(world)[rank].split(batch_size)
-    loader = build_loader(data, [batch.tolist() for batch in batches if len(batch)], workers, **loading)
-    values, items, problems = [], [], []
-    for batch in tqdm(loader, "predict", len(batches), leave=False, disable=rank > 0 or None):  # None: no tty
-        waveform, n_samples = batch.waveform.to(device), batch.n_samples.to(device)
-        out = function(spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)).float().cpu()
+    """Apply a function to every item of a data set once: each process to a stretch of them, all get all the
+    results. Raises InputError if none can be read."""
+    own = torch.arange(len(data))
+    if dist.is_initialized():
+        own = own.tensor_split(dist.get_world_size())[dist.get_rank()]
+    batches = [batch.tolist() for batch in own.split(batch_size) if len(batch)]
+    loader = build_loader(data, batches, workers, timeout)
+    values = []
+    items = []
+    problems = []
+    for batch in tqdm(loader, "predict", len(batches), leave=False, disable=is_quiet()):
+        waveform = batch.waveform.to(device)
+        spec = spectrogram(waveform, batch.n_samples.to(device), config.norm_mean, config.norm_std)
         good = [row for row, problem in enumerate(batch.problems) if not problem]  # a stand-in is not scored
-        values.append(out[good])
+        values.append(function(spec).float().cpu()[good])
         items += [batch.items[row] for row in good]
         problems += filter(None, batch.problems)
-    parts = [(values, items, problems)]
-    if world > 1:
-        parts, own = [None] * world, parts[0]
-        dist.all_gather_object(parts, own)
-    values, items, problems = (sum(column, []) for column in zip(*parts))
-    return Predictions(torch.cat(values), torch.tensor(items), problems)
-
-
-def score(
-    model: AudioClassifier, test: Labelled, device: torch.device, workers: int = 0, **loading
-) -> tuple[dict, Tensor, Predictions]:
-    """Metrics of a classifier on a labelled data set: (metrics, average precision (C,), the predictions)."""
-    found = predict(model, test.data, model.config, device, workers, **loading)
-    if not found.values.isfinite().all():
-        raise InputError("the network's scores are not finite: its training has diverged")
-    return *summarize_scores(found.values, test.targets[found.items]), found
+    values = torch.cat(gather(values))
+    if not values.isfinite().all():
+        raise InputError("the network's outputs are not finite: its training has diverged")
+    return Predictions(values, torch.tensor(gather(items)), gather(problems) + data.too_short)
 
 
 # ----- Probes: what a frozen encoder knows about labels it was never shown ---------------------------------
 
-POOLINGS = ("bands", "cls_mean")
+PROBE_POOLINGS = ("bands", "cls_mean")
 
 
-def mean_and_std(x: Tensor, weight: Tensor) -> Tensor:
-    """Over time, where `weight` (B, T) is 1, of x (B, T, ..., D): (B, 2 * ... * D), all means first."""
-    weight = weight.reshape(*weight.shape, *[1] * (x.ndim - 2)).float()
-    total = weight.sum(1, keepdim=True).clamp(min=1)
-    mean = (x * weight).sum(1, keepdim=True) / total
-    std = ((x - mean).square() * weight).sum(1, keepdim=True).div(total).sqrt()
-    return torch.cat([mean, std], dim=1).flatten(1)
+def probe_block(config: ModelConfig, block: int = 0) -> int:
+    """The block that probes see: the named one, from 1 on, or for 0 the one at 7/12 of the depth, reported as
+    the best of the published weights (extras/runs/laptop/README.md). Raises InputError if there is none."""
+    if not 0 <= block <= config.depth:
+        raise InputError(f"there is no block {block}: the encoder has {config.depth}")
+    return block or max(1, config.depth * 7 // 12)
 
 
-def sounding(spec: Tensor) -> Tensor:
-    """Which frames are neither padding nor digital silence, whose mel bins are all equal: (B, F) bool."""
-    return (spec.amax(3) > spec.amin(3))[:, 0]
+def pooled(encoder: Encoder, pooling: str = "bands", block: int = 0) -> Function:
+    """What probes see of a clip: a function for `predict`, (B, 1, F, M) -> (B, features).
+    bands as in model.pool; cls_mean, as in published probes: CLS token and mean patch. Raises InputError."""
+    n_blocks = probe_block(encoder.config, block)
+
+    def features(spec: Tensor) -> Tensor:
+        tokens = encoder(spec, n_blocks=n_blocks)                         # (B, 1+N, D)
+        if pooling == "bands":
+            return pool(tokens, spec, encoder.config, "bands")            # (B, 2*W*D)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)    # (B, 2*D)
+
+    return features
 
 
-def tokens_after(encoder: Encoder, block: int = 0) -> Callable[[Tensor], Tensor]:
-    """The tokens (B, 1+N, D) after a block: from 1 on; 0 is at 7/12 of the depth, reported as the best of the
-    published weights (see extras/runs/laptop/README.md). Raises InputError if there is no such block."""
-    if not 0 <= block <= encoder.config.depth:
-        raise InputError(f"there is no block {block}: the encoder has {encoder.config.depth}")
-
-    def encode(spec: Tensor) -> Tensor:
-        tokens = encoder.embed(spec)
-        for layer in encoder.blocks[: block or max(1, len(encoder.blocks) * 7 // 12)]:
-            tokens, _ = layer(tokens)
-        return tokens
-
-    return encode
-
-
-def pooled(encoder: Encoder, pooling: str = POOLINGS[0], block: int = 0) -> Callable[[Tensor], Tensor]:
-    """What the probes see of a clip after a block, as `tokens_after` counts them: a function for `predict`.
-    "bands": mean and std over time of the patches in each band, without padding, (B, 1, F, M) -> (B, 2WD);
-    "cls_mean", as in published probes: CLS token and mean patch, (B, 2D). Raises InputError."""
-    encode = tokens_after(encoder, block)
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-
-    def pool(spec: Tensor) -> Tensor:
-        tokens, (H, W) = encode(spec), encoder.config.grid(spec.shape[2])       # (B, 1+N, D)
-        if pooling == "cls_mean":
-            return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)      # (B, 2D)
-        frames = sounding(spec)[:, : H * encoder.config.patch_size]             # (B, F)
-        is_sound = frames.unflatten(1, (H, -1)).float().mean(2) >= 0.5          # (B, H)
-        is_sound[:, 0] = True                                                   # however short the clip is
-        return mean_and_std(tokens[:, 1:].unflatten(1, (H, W)), is_sound)       # (B, 2WD)
-
-    return pool
-
-
-def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float = 1e-2) -> Tensor:
-    """Scores (n', C) of a logistic regression fitted to features x (n, D) with classes y (n, C) 0 or 1.
-    Features are standardised. Softmax regression if every clip has one class, else one logistic regression a
-    class. LBFGS on all clips at once, the same on every process."""
-    mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
-    x, x_test, y = (x - mean) / std, (x_test - mean) / std, y.float()
-    is_single = bool((y.sum(1) == 1).all())
-    weight = torch.zeros(y.shape[1], x.shape[1] + 1, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+def fit_linear(x: Tensor, y: Tensor, decay: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Logistic regression of classes y (n, C) 0 or 1 on features x (n, D): weight (C, D) and bias (C,).
+    Softmax regression if every clip has one class, else one logistic regression a class. Features are
+    standardised to fit, which the weights then undo. LBFGS on all clips at once."""
+    mean = x.mean(0)
+    std = x.std(0, correction=0) + 1e-6
+    x = (x - mean) / std
+    y = y.float()
+    is_single = has_one_class(y)
+    weight = torch.zeros(y.shape[1], x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(y.shape[1], device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        scores = F.linear(x, weight[:, :-1], weight[:, -1])  # (n, C)
-        loss = F.cross_entropy(scores, y) if is_single else F.binary_cross_entropy_with_logits(scores, y)
-        loss = loss + decay * weight[:, :-1].square().sum() / (1 if is_single else y.shape[1])
+        scores = F.linear(x, weight, bias)              # (n, C)
+        penalty = decay * weight.square().sum()
+        if is_single:
+            loss = F.cross_entropy(scores, y) + penalty
+        else:
+            loss = F.binary_cross_entropy_with_logits(scores, y) + penalty / y.shape[1]
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return F.linear(x_test, weight[:, :-1], weight[:, -1]).detach()
+    optimizer.step(closure)
+    weight = weight.detach().double() / std             # (C, D)
+    bias = bias.detach().double() - weight @ mean.double()
+    return weight.float(), bias.float()
 
 
-def knn_probe(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Scores (n', C): classes of the k nearest of features x (n, D), weighted by exp(cosine / temperature).
-    Features are standardised first, because what all clips have in common would make them all alike.
-    Neighbours and temperature as in DINO (arXiv 2104.14294, app. F)."""
-    mean, std = x.mean(0), x.std(0, correction=0) + 1e-6
-    x, x_test = (F.normalize((features - mean) / std, dim=1) for features in (x, x_test))
-    scores = []
-    for part in x_test.split(1024):
-        cosine, nearest = (part @ x.T).topk(min(k, len(x)), dim=1)             # (1024, k)
-        weight = (cosine / temperature).softmax(1)
-        scores.append(torch.einsum("nk,nkc->nc", weight, y[nearest].float()))  # (1024, C)
-    return torch.cat(scores)
+def open_probe_sets(train: str, test: str, n_frames: int) -> tuple[Labelled, Labelled]:
+    """The labelled sets to fit a probe on, and to score it on. Raises InputError."""
+    train = open_labelled(train, n_frames)
+    return train, open_labelled(test, n_frames, train.classes)
 
 
 def probe(
-    function: Callable[[Tensor], Tensor], config: ModelConfig, train: Labelled, test: Labelled,
-    device: torch.device, workers: int = 0, metric: str = "", **loading,
+    function: Function, config: ModelConfig, train: Labelled, test: Labelled,
+    device: torch.device, metric: str = "", **loading,
 ) -> dict[str, float]:  # fmt: skip
-    """Fit probes to function(spec) (B, D) of one labelled set and score them on another.
-    Returns probe_linear and probe_knn: `metric` or, without one, accuracy if every clip has one class or mAP.
-    """
-    common = (config, device, workers)
-    found, found_test = (predict(function, part.data, *common, **loading) for part in (train, test))
-    y, y_test = train.targets[found.items], test.targets[found_test.items]
-    x, x_test = found.values.to(device), found_test.values.to(device)
-    if not (x.isfinite().all() and x_test.isfinite().all()):
-        raise InputError("the encoder's features are not finite: its training has diverged")
-    n_bad, n_cut = len(found.problems) + len(found_test.problems), train.data.n_cut + test.data.n_cut
-    if (n_bad or n_cut) and int(os.environ.get("RANK", 0)) == 0:
+    """Fit a linear probe to function(spec) (B, D) of one labelled set, and score it on another.
+    Returns probe_linear: `metric` or, without one, accuracy if every clip has one class, else mAP."""
+    fitted = predict(function, train.data, config, device, **loading)
+    tested = predict(function, test.data, config, device, **loading)
+    n_bad = len(fitted.problems) + len(tested.problems)
+    n_cut = train.data.n_cut + test.data.n_cut
+    if (n_bad or n_cut) and is_first():
         tqdm.write(f"WARNING: probes: {n_bad} clips cannot be used, {n_cut} are cut to fit", file=sys.stderr)
-    is_single = (y.sum(1) == 1).all() and (y_test.sum(1) == 1).all()
-    metric = metric or ("accuracy" if is_single else "mAP")
-    fits = dict(probe_linear=linear_probe, probe_knn=knn_probe)
-    scores = {name: fit(x, y.to(device), x_test).cpu() for name, fit in fits.items()}
-    return {name: summarize_scores(table, y_test)[0][metric] for name, table in scores.items()}
+    y = train.targets[fitted.items].to(device)
+    weight, bias = fit_linear(fitted.values.to(device), y)
+    scores = F.linear(tested.values.to(device), weight, bias).cpu()
+    metrics, _ = summarize_scores(scores, test.targets[tested.items])
+    metric = metric or ("accuracy" if "accuracy" in metrics else "mAP")
+    return dict(probe_linear=metrics[metric])
 
 
 # ----- Command line ----------------------------------------------------------------------------------------
 
 
-def read_classes(path: str | os.PathLike) -> dict[str, str]:
-    """Label -> name of every class, in the file's order: AudioSet's class_labels_indices.csv, FSD50K's table,
-    the released label_descriptors.csv (index,label, without header), or a label a line. Raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [line.rstrip("\r\n") for line in file if line.strip()]
-        rows = list(csv.reader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", "") or first_line(error)  # without the path again
-        raise InputError(f"cannot read the classes in {path}: {reason}") from None
-    header = [cell.strip() for cell in rows.pop(0)] if rows and rows[0][0].strip() == "index" else ["", "mid"]
-    label = header.index("mid") if "mid" in header else 1  # the columns of labels and names
-    name = next((i for i, cell in enumerate(header) if cell in ("display_name", "name")), -1)
-    if not all(len(row) > label and row[0].isdecimal() for row in rows):  # a label a line
-        rows, label = [[line] for line in lines], 0
-    elif [int(row[0]) for row in rows] != list(range(len(rows))):
-        raise InputError(f"{path}: the indices of the classes do not count from 0")
-    elif rows and rows[0][name].startswith("/m/"):  # FSD50K's index,label,mid: no names
-        name = label
-    classes = {row[label].strip(): row[name].strip() for row in rows}
-    if not classes or len(classes) < len(rows):
-        raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
-    return classes
+def evaluate_classifier(args: argparse.Namespace, device: torch.device) -> None:
+    """Score a fine-tuned network; print the metrics, and write a table of its classes."""
+    model = load_classifier(args.checkpoint, args.classes).to(device)
+    test = open_labelled(args.manifest, model.config.clip_frames, model.classes)
+    found = predict(model, test.data, model.config, device, args.workers, timeout=60 * args.timeout)
+    metrics, precision = summarize_scores(found.values, test.targets[found.items])
+    if not is_first():
+        return
+    print(json.dumps(metrics | dict(unreadable=len(found.problems))))
+    for problem in found.problems:
+        print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
+    if test.data.n_cut:
+        print(f"WARNING: {test.data.n_cut} longer clips are scored by their beginning", file=sys.stderr)
+    folder = Path(args.checkpoint if os.path.isdir(args.checkpoint) else ".")
+    counts = test.targets[found.items].sum(0)
+    write_table(Path(args.out or folder / "per_class.csv"), model, counts, precision)
 
 
-def load_classifier(path: str, classes: str = "") -> AudioClassifier:
-    """A classifier; with `classes`, its classes have the names of that file. Raises InputError."""
-    model = AudioClassifier.from_pretrained(path)
-    names, own = read_classes(classes) if classes else model.classes, model.classes
-    if len(names) != len(own) or names.keys() != own.keys() and "class 0" not in own:  # released: no labels
-        raise InputError(f"{classes} does not list the {len(own)} classes of {path}, {next(iter(own))} ...")
-    model.classes = {label: names[label] for label in own} if names.keys() == own.keys() else names
-    return model
-
-
-def write_classes(path: Path, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
-    """Write a table of all classes: label, name, clips, average_precision."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        scores = map("{:.6f}".format, precision.tolist())
-        rows = zip(model.classes, model.classes.values(), counts.tolist(), scores)
-        csv.writer(file).writerows([("label", "name", "clips", "average_precision"), *rows])
+def evaluate_encoder(args: argparse.Namespace, device: torch.device) -> None:
+    """Fit a probe to a frozen encoder, and print its score."""
+    encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
+    config = encoder.config
+    train, test = open_probe_sets(args.manifest, args.test, config.clip_frames)
+    function = pooled(encoder, args.pooling, args.block)
+    scores = probe(function, config, train, test, device, workers=args.workers, timeout=60 * args.timeout)
+    if is_first():
+        print(json.dumps(dict(pooling=args.pooling) | scores))
 
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
-    parser.add_argument("manifest", help="labelled clips: to score, or to fit probes on")
-    parser.add_argument("test", nargs="?", help="labelled clips to score the probes on")
+    parser.add_argument("manifest", help="labelled clips: to score, or to fit a probe on")
+    parser.add_argument("test", nargs="?", help="labelled clips to score the probe on")
     parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
-    parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="what probes see of a clip")
-    parser.add_argument("--block", type=int, default=0, help="that probes see, from 1 on; 0 = 7/12 of all")
+    parser.add_argument("--out", default="", help="table of classes; default: RUN_FOLDER/per_class.csv")
+    parser.add_argument("--pooling", choices=PROBE_POOLINGS, default="bands", help="what the probe sees")
+    parser.add_argument("--block", type=int, default=0, help="that the probe sees; 0 = at 7/12 of the depth")
     parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
-    parser.add_argument("--workers", type=int, default=4, help="loader processes")
+    parser.add_argument("--workers", type=int, default=4, help="loader threads")
     parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
     args = parser.parse_args()
-    if not args.test and (args.teacher or args.block or args.pooling != POOLINGS[0]):
+    if not args.test and (args.teacher or args.block or args.pooling != "bands"):
         raise InputError("--teacher, --block and --pooling are for probes, which take two manifests")
-    rank, _, device = init_distributed(args.timeout)
-    loading = dict(workers=args.workers, timeout=0.9 * 60 * args.timeout)  # s; before other processes do
+    _, _, device = init_distributed(args.timeout)
     if args.test:
-        encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
-        train = open_labelled(args.manifest, encoder.config.clip_frames)
-        test = open_labelled(args.test, encoder.config.clip_frames, train.classes)
-        function = pooled(encoder, args.pooling, args.block)
-        result = dict(pooling=args.pooling) | probe(function, encoder.config, train, test, device, **loading)
+        evaluate_encoder(args, device)
     else:
-        model = load_classifier(args.checkpoint, args.classes).to(device)
-        test = open_labelled(args.manifest, model.config.clip_frames, model.classes)
-        result, precision, found = score(model, test, device, **loading)
-        short = (test.data.manifest.fields(line)[0] for line in test.data.too_short.tolist())
-        problems = found.problems + [f"{name}\tshorter than a frame" for name in short]
-        result |= dict(unreadable=len(problems))
-    if rank == 0:
-        print(json.dumps(result))
-    if rank == 0 and not args.test:
-        for problem in problems:
-            print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
-        path = Path(args.checkpoint if os.path.isdir(args.checkpoint) else "", "per_class.csv")
-        write_classes(path, model, test.targets[found.items].sum(0), precision)
-        cut = f"; {test.data.n_cut} clips are longer than the network's: scored by their beginning"
-        print(f"each class: {path}{cut if test.data.n_cut else ''}", file=sys.stderr)
+        evaluate_classifier(args, device)
     return 0
+
+
+# ----- How all scripts start and end: settings, processes, run folders, signals, errors ---------------------
+
+ABOVE_0 = """mask_block_time mask_block_freq clones batch_size accumulate updates epoch_clips
+    log_every save_every save_minutes max_skipped timeout""".split()
+FRACTIONS = """mask_ratio mask_adjust ema_decay ema_decay_end beta1 beta2 label_smoothing drop_path
+    layer_decay mixup_prob specaug_freq specaug_time max_bad_fraction""".split()
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are InputErrors, of one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def check_settings(config) -> None:
+    """Refuse values that cannot work. Raises InputError that names the flag."""
+    for field in dataclasses.fields(config):
+        name = field.name
+        value = getattr(config, name)
+        choices = get_args(field.type)  # of a Literal
+        if choices and value not in choices:
+            raise InputError(f"--{name} {value}: choose from {', '.join(choices)}")
+        if isinstance(value, str) or name == "norm_mean":
+            continue
+        if not 0 <= value < math.inf or (name in ABOVE_0 and value == 0):
+            raise InputError(f"--{name} {value} is too small, or no number")
+        if name in FRACTIONS and value > 1:
+            raise InputError(f"--{name} {value} is above 1")
+    if config.warmup >= config.updates:
+        raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
+
+
+def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
+    """Command line -> config: flags override the preset, which overrides the defaults. Raises InputError.
+    Warm-ups that are not given keep their share of --updates, and a preset's sets to score on are not for
+    other --data. --help shows every setting with the preset's default and the comment in the source."""
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--help", action="store_true")
+    parser.add_argument("--preset", choices=presets)
+    defaults = dataclasses.asdict(cls())
+    for name, default in defaults.items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{name}", type=type(default))
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", next(iter(presets)))
+    usual = defaults | presets[preset]
+    if given.pop("help", False):
+        print(f"{cls.__doc__}\n\n--preset {preset}, of {', '.join(presets)}. Settings:\n")
+        source = "".join(inspect.getsource(part) for part in cls.__mro__[:-1])
+        for name, default in usual.items():
+            comment = source.split(f"    {name}: ")[1].split("\n")[0].partition("  # ")[2]
+            print(f"  --{name:17s} {default!s:13s} {comment}")
+        sys.exit()
+    values = usual | given
+    for name in ("warmup", "ema_anneal"):
+        if name in usual and name not in given:
+            values[name] = usual[name] * values["updates"] // usual["updates"]
+    for name in ("eval_data", "probe_train", "probe_test"):
+        if name in usual and name not in given and "data" in given:
+            values[name] = ""
+    return cls(**values)
+
+
+def init_distributed(timeout: float = 30, alone: bool = False) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started, if it did: (rank, number of processes, this one's device).
+    One that waits `timeout` minutes for the others fails, and torchrun then ends the job. Raises InputError
+    if the others do not come, or if this is a script for one process (`alone`)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if alone and world > 1:
+        raise InputError(f"this needs one process, but WORLD_SIZE is {world}: start it without torchrun")
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"{torch.cuda.device_count()} GPUs here: start as many processes, no more")
+        device = torch.device("cuda", local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
+        torch.backends.cudnn.benchmark = True  # shapes are fixed
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has made nan of bf16 (pytorch#196678)
+    elif sys.platform == "linux":
+        libc = ctypes.CDLL(None)  # keep freed memory: fresh pages cost a tenth of a small update
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if world == 1:
+        return 0, 1, device
+    limit = datetime.timedelta(minutes=min(timeout, 1e6))
+    try:
+        # torchrun's restarts share a store, and would find the addresses of the dead in it (pytorch#135712)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (ValueError, RuntimeError) as error:
+        others = f"the other {world - 1} processes that WORLD_SIZE promises"
+        raise InputError(f"did not meet {others} (torchrun starts them): {first_line(error)}") from None
+    return rank, world, device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type of --amp; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."""
+    if amp == "auto":
+        amp = "fp32"
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[amp]
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model or, among several processes, the DistributedDataParallel that averages its gradients."""
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if not torch.cuda.is_available():
+            # It regroups its buckets in its second update, also after a resume: the sums would take another
+            # order, and a resumed run would end with other bits
+            model.reducer._push_all_rebuilt_params()
+    return model
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_quiet() -> bool | None:
+    """tqdm's `disable`: no bar in other processes than the first, nor (None) where there is no terminal."""
+    return None if is_first() else True
+
+
+def open_run_folder(out_dir: Path) -> tuple[Path | None, IO]:
+    """Make a run folder and lock it: (its newest checkpoint or None, the lock, which is held until it is
+    closed). Raises InputError."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    names = os.listdir(out_dir)
+    if names and "lock" not in names:
+        raise InputError(f"{out_dir} is not empty and holds no run: choose another --out_dir")
+    lock = open(out_dir / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process is running in {out_dir}: wait for it") from None
+    except OSError:
+        print(f"WARNING: {out_dir} cannot be locked: start only one run in it", file=sys.stderr)
+    return newest_checkpoint(out_dir), lock
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """last.pt, or previous.pt if that is damaged, which is then renamed; None if there never was one."""
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            load_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            print(f"WARNING: {error}; renamed to {path.stem}.damaged", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))
+    if any(folder.glob("*.damaged")):
+        raise CheckpointError(f"no checkpoint in {folder} can be read: restore one or choose another folder")
+    return None
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write a temporary file, then rename it: a checkpoint is whole or not there."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():  # keep the one before
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class StopRequest:
+    """The signal that asks this process to stop, if one has come.
+    A repeat within 10 s is the same request: Slurm signals torchrun and its processes, and torchrun signals
+    these again. A later one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.time = 0.0
+
+    def note(self, number: int, _) -> None:
+        if not self.number:
+            self.number = number
+            self.time = time.monotonic()
+        elif time.monotonic() > self.time + 10:
+            os._exit(128 + number)  # as in shells
+
+    def handle(self, handler) -> None:
+        """Call `handler` at the next signal: `note`, or signal.SIG_DFL to end the process."""
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows lacks the last
+                signal.signal(getattr(signal, name), handler)
+
+
+STOP = StopRequest()
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run a script to its exit status. The user's mistakes are told in one line, by one process: the others
+    wait 5 s, in which torchrun ends them. Ends by os._exit: Python would wait for a read that hangs."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
+    if not torch.cuda.is_available():  # else NCCL tells on stderr what happened
+        # Keep stderr for Python: libmpg123 warns there of much that is fine, and names no file
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        status = 1
+        is_known = isinstance(error, (InputError, CheckpointError, OSError, KeyboardInterrupt))
+        STOP.handle(signal.SIG_DFL)
+        if not is_first() or (dist.is_initialized() and not is_known):
+            time.sleep(5)
+        if is_known:
+            print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
+        elif not STOP.number:  # else torchrun is ending this process, and another has said why
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

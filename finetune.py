@@ -2,46 +2,48 @@
 
     python finetune.py --preset demo                              laptop, after pretrain.py --preset demo
     python finetune.py --preset own --init CKPT --data train.tsv --eval_data test.tsv    classes of your own
+    python finetune.py --preset own --frozen --init CKPT --data ...                      the same in seconds
     python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes labels.csv
     torchrun --nproc_per_node=4 finetune.py --preset as2m ...     any preset, on any number of processes
 
-CKPT is what model.read_pretrained knows, or `scratch`. The run folder `--out_dir` gets what that of
-pretrain.py does, the scores of each evaluation in log.jsonl, and best.pt, the best by `--metric`; the same
-command started again goes on. Presets are the released scripts' settings; where the paper's differ, flags
-give them (README.md). Citations such as utils/mixup.py:22 point into the released code
+CKPT is what model.read_pretrained knows, or `scratch`. The run folder `--out_dir` gets the same files as that
+of pretrain.py, the scores of each evaluation in log.jsonl, and best.pt, the best by `--metric`. The same
+command started again goes on. `--frozen` only fits a linear classifier to the frozen encoder. Presets have
+the released scripts' settings. Citations such as utils/mixup.py:22 point into the released code
 (github.com/cwx-worst-one/EAT at 06c1c34).
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import math
-import os
-import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from data import (
-    Batch, ClipSampler, InputError, Labelled, open_labelled, seed_of, spectrogram, to_float,
+    FRAME_SHIFT, AudioDataset, Batch, ClipSampler, InputError, Labelled, Manifest, labels_of, move,
+    open_labelled, seed_of, spectrogram,
 )  # fmt: skip
 from evaluate import (
-    Above0, AtLeast0, Below1, Count, Frames, Number, UpTo1, Whole, accumulating, check_settings,
-    distribute, parse_config, read_classes, run_script, score,
+    distribute, fit_linear, has_one_class, parse_config, pooled, predict, probe_block,
+    run_script, summarize_scores,
 )  # fmt: skip
-from model import MODELS, AudioClassifier, CheckpointError, Encoder, load_checkpoint, read_pretrained
-from pretrain import DEMO, Run, cosine_lr, descend
+from extras.tables import read_classes
+from model import MODELS, POOLINGS, AudioClassifier, Encoder, ModelConfig
+from pretrain import DEMO, Run, RunConfig, cosine_lr, descend
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Fine-tuning, paper Table 4. --preset own takes clip length, lr and so on from --init and --data."""
+class FinetuneConfig(RunConfig):
+    """Fine-tuning, paper Table 4, as in the released scripts; --preset own fits --init and --data."""
 
     # Data and network
     data: str = ""  # labelled manifest to train on
@@ -50,55 +52,43 @@ class FinetuneConfig:
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
     init: str = ""  # checkpoint to start from, own or released, or scratch
     model: Literal[*MODELS] = "base"  # size of --init scratch: a row of model.MODELS
-    clip_frames: Frames = 1024  # frames of 10 ms of a clip, a multiple of 16; others are cut or padded
-    norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
-    norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
-    min_samples: Whole = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
+    clip_frames: int = 1024  # frames of 10 ms; other clips are cut or padded. 0 = as --init, or fits --data
+    norm_mean: float = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
+    norm_std: float = 4.569  # their standard deviation; values are divided by twice this. 0 = both as --init
+    min_samples: int = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
     # Loss and network
-    loss: Literal["bce_positives", "bce", "ce"] = "bce_positives"  # BCE per positive, BCE per clip, softmax
-    metric: Literal["mAP", "accuracy"] = "mAP"  # chooses best.pt
-    pooling: Literal["cls", "mean", "bands"] = "cls"  # cls token, mean of the patches, or of each band's
-    label_smoothing: Below1 = 0.0  # smoothing of ce without mixup, in training only (released code)
-    drop_path: Below1 = 0.1  # rate at which the last block is left out, rising linearly from 0
-    layer_decay: UpTo1 = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
+    loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # BCE per positive or clip; softmax
+    metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: metric and loss by labels
+    pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
+    frozen: bool = False  # fit only a linear classifier, on bands, by logistic regression
+    block: int = 0  # of the encoder that --frozen classifies, 0 = at 7/12 of the depth
+    label_smoothing: float = 0.0  # smoothing of ce without mixup, in training only (released code)
+    drop_path: float = 0.1  # rate at which the last block is left out, rising linearly from 0
+    layer_decay: float = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
     # Augmentation
-    mixup: AtLeast0 = 0.8  # alpha of the Beta distribution, 0 = no mixup
-    mixup_prob: UpTo1 = 0.9  # share of the updates that mix (released code)
-    specaug_freq: UpTo1 = 0.2  # largest masked part of the mel bins
-    specaug_time: UpTo1 = 0.2  # largest masked part of the frames
+    mixup: float = 0.8  # alpha of the Beta distribution, 0 = no mixup
+    mixup_prob: float = 0.9  # share of the updates that mix (released code)
+    specaug_freq: float = 0.2  # largest masked part of the mel bins
+    specaug_time: float = 0.2  # largest masked part of the frames
     roll: bool = True  # rotate each waveform by a random part of it, with a random gain
     noise: bool = False  # add uniform noise and rotate each spectrogram by up to 10 frames
     weighted: bool = True  # draw clips so that rare classes are heard
-    epoch_clips: Count = 200_000  # clips of an epoch if weighted
+    epoch_clips: int = 200_000  # clips of an epoch if weighted
     # Optimisation
-    batch_size: Count = 96  # clips per update, over all processes
-    accumulate: Count = 1  # parts that a process divides its clips into, to save memory
-    updates: Count = 300_000  # length of the run; 300,000 are about 15 passes over AS-2M
-    lr: Above0 = 5e-5  # peak learning rate of everything above the blocks
-    min_lr: AtLeast0 = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
-    warmup: Whole = 30_000  # updates of linear warm-up, in proportion to --updates unless given; then cosine
-    beta1: Below1 = 0.9  # AdamW's decay of the mean gradient
-    beta2: Below1 = 0.95  # AdamW's decay of the mean squared gradient
-    weight_decay: AtLeast0 = 0.05  # AdamW's, on everything (released code)
-    clip_norm: AtLeast0 = 0.0  # largest gradient norm, 0 = any
-    # The run
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
-    compile: bool = False  # torch.compile the network
-    workers: Whole = 4  # loader processes of a training process, one for each core at most
-    log_every: Count = 100  # updates between log lines
-    save_every: Count = 10_000  # updates between checkpoints
-    save_minutes: Above0 = 10.0  # minutes between checkpoints at most
-    eval_every: Whole = 0  # updates between evaluations, 0 = an epoch, or a twentieth of the run if longer
-    seed: Whole = 1  # seed of everything random
-    # When to stop
-    max_bad_fraction: UpTo1 = 0.05  # stop if more of the clips read than this cannot be used
-    max_skipped: Count = 50  # stop after so many updates in a row whose gradient is not finite
-    timeout: Above0 = 10.0  # minutes after which a process that hangs ends the job
-
-    def __post_init__(self):
-        check_settings(self)
+    batch_size: int = 96  # clips per update, over all processes
+    updates: int = 300_000  # length of the run; 300,000 are about 15 passes over AS-2M
+    lr: float = 5e-5  # peak learning rate of everything above the blocks, 0 = 0.2 / width
+    min_lr: float = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
+    warmup: int = 30_000  # updates of linear warm-up, in proportion to --updates unless given; then cosine
+    clip_norm: float = 0.0  # largest gradient norm, 0 = any
+    # Evaluation
+    eval_every: int = 0  # updates between evaluations, 0 = an epoch, or a twentieth of the run if longer
 
 
+SMALL = dict(  # data sets: less augmentation
+    weighted=False, label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1, specaug_time=0.1,
+    layer_decay=0.9,
+)  # fmt: skip
 PRESETS = {
     "as2m": {},
     "as20k": dict(weighted=False, batch_size=48, updates=40_000, warmup=4_000),
@@ -111,96 +101,68 @@ PRESETS = {
         weighted=False, batch_size=256, updates=40_000, warmup=4_000, clip_frames=128, norm_mean=-6.846,
         norm_std=5.565, loss="bce", metric="accuracy", label_smoothing=0.1, noise=True, lr=2e-4, seed=42,
     ),
-    "own": dict(
-        weighted=False, loss="ce", metric="accuracy", label_smoothing=0.1, mixup=0.0, roll=False,
-        specaug_freq=0.1, specaug_time=0.1, layer_decay=0.9, batch_size=32, updates=400, warmup=40,
-        log_every=20,
+    "own": SMALL | dict(
+        model="small", clip_frames=0, norm_std=0.0, min_samples=0, lr=0.0, loss="auto", metric="auto",
+        batch_size=32, updates=400, warmup=40, log_every=20,
     ),
-    "demo": dict(
+    "demo": SMALL | dict(
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune",
-        model="demo", init="runs/demo", clip_frames=128, min_samples=1600, weighted=False, loss="ce",
-        metric="accuracy", pooling="mean", label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1,
-        specaug_time=0.1, layer_decay=0.9, batch_size=16, updates=600, warmup=60, lr=1e-3, workers=1,
-        log_every=50, save_every=150, eval_every=150,
+        model="demo", init="runs/demo", clip_frames=128, min_samples=1600, loss="ce", metric="accuracy",
+        pooling="bands", batch_size=16, updates=600, warmup=60, lr=1e-3, workers=1, log_every=50,
+        save_every=150, eval_every=150,
     ),
 }  # fmt: skip
 
-# What may change when a run goes on; of data, weights and classes the digests may not
-MAY_CHANGE = """data eval_data out_dir init model classes accumulate compile workers log_every save_every
-    save_minutes eval_every max_bad_fraction max_skipped timeout""".split()
+# What may change when a run goes on. All else makes it another experiment, as do other clips or classes
+MAY_CHANGE = """data eval_data out_dir classes accumulate compile workers log_every save_every save_minutes
+    eval_every max_bad_fraction max_skipped timeout""".split()
 
 
 # ----- Augmentation ----------------------------------------------------------------------------------------
+# Of single clips, each with its own random numbers, whichever process it is on.
 
 
-class Draws(NamedTuple):
-    """Everything random about the augmentation of some clips, each (B,) float64."""
-
-    roll: Tensor  # 0 to 1, part of the clip
-    gain: Tensor  # 0.5 to 1.5
-    noise: Tensor  # 0 to 1
-    shift: Tensor  # -10 to 9 frames, whole numbers
-    freq_width: Tensor  # 0 to 1, of the largest width
-    freq_start: Tensor  # 0 to 1, of the room that is left
-    time_width: Tensor
-    time_start: Tensor
-
-
-def draw_augmentation(config: FinetuneConfig, step: int) -> tuple[Tensor, float]:
-    """The draws of an update, (8, batch_size) in the order of Draws, and its mixup weight.
-    Every process draws the same ones and takes its clips."""
-    rng, n = np.random.default_rng(seed_of("augment", config.seed, step)), config.batch_size
-    draws = [rng.random(n), rng.beta(10, 10, n) + 0.5, rng.random(n), rng.integers(-10, 10, n)]
-    draws += [rng.random(n) for _ in range(4)]
-    mixes = config.mixup > 0 and rng.random() < config.mixup_prob
-    return torch.from_numpy(np.stack(draws)), rng.beta(config.mixup, config.mixup) if mixes else 1.0
-
-
-def roll_and_gain(waveform: Tensor, n_samples: Tensor, roll: Tensor, gain: Tensor) -> Tensor:
-    """Rotate each clip by the part `roll` of its length and scale it: (B, S) -> (B, S) float.
+def roll_and_gain(waveform: Tensor, rng: np.random.Generator) -> Tensor:
+    """Rotate a clip by a random part of its length and scale it: (S,) -> (S,).
     The paper calls this roll augmentation; the gain is the released code's (data/raw_audio_dataset.py:87-92).
     """
-    at = torch.arange(waveform.shape[1], device=waveform.device).expand_as(waveform)  # (B, S)
-    length = n_samples[:, None]
-    source = torch.where(at < length, (at - (roll[:, None] * length).long()) % length, at)
-    return to_float(waveform).gather(1, source) * gain[:, None].float()
+    shift = int(rng.random() * len(waveform))
+    gain = rng.beta(10, 10) + 0.5
+    return waveform.roll(shift) * gain
 
 
-def add_noise(spec: Tensor, uniform: Tensor, noise: Tensor, shift: Tensor) -> Tensor:
-    """Add uniform noise in [0, noise / 10) and rotate each spectrogram by `shift` frames: (B, 1, F, M).
+def add_noise(spec: Tensor, rng: np.random.Generator) -> Tensor:
+    """Add uniform noise in [0, 0.1) and rotate the spectrogram by up to 10 frames: (1, F, M) -> (1, F, M).
     As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation."""
-    spec = spec + uniform * (noise.float() / 10)[:, None, None, None]
-    frames = torch.arange(spec.shape[2], device=spec.device)
-    source = (frames - shift[:, None].long()) % spec.shape[2]  # (B, F)
-    return spec.gather(2, source[:, None, :, None].expand_as(spec))
+    noise = rng.random(spec.shape, dtype=np.float32) * (rng.random() / 10)
+    shift = int(rng.integers(-10, 10))
+    return (spec + torch.from_numpy(noise).to(spec)).roll(shift, dims=1)
+
+
+def blank_stretch(spec: Tensor, axis: int, largest: float, rng: np.random.Generator) -> None:
+    """SpecAugment: set a stretch of one axis, up to the part `largest` of it, to 0, the mean of the data set.
+    As torchaudio's masking (models/EAT_audio_classification.py:374-375): real-valued width and start are
+    drawn, then cut to whole numbers."""
+    size = spec.shape[axis]
+    width = rng.random() * largest * size
+    start = rng.random() * (size - width)
+    spec.narrow(axis, int(start), int(width)).zero_()
 
 
 def mixup(x: Tensor, weight: float) -> Tensor:
     """Mix each row with its neighbour, 0 with 1, 2 with 3, ...: (B, ...) -> (B, ...).
     Spectrograms and targets alike, one weight for the whole batch (utils/mixup.py, mode "batch"). Neighbours
     are always in one process."""
-    return weight * x + (1 - weight) * x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    neighbours = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # (B, ...)
+    return weight * x + (1 - weight) * neighbours
 
 
-def spec_augment(spec: Tensor, draws: Draws, freq: float, time: float) -> Tensor:
-    """Blank one band and one stretch of time of each clip, up to the parts `freq` and `time`: (B, 1, F, M).
-    Blank is 0, the mean of the data set. As torchaudio's masking with its own draw for each clip
-    (models/EAT_audio_classification.py:374-375): real-valued width and start are drawn, then cut to whole
-    numbers."""
-    bands, stretches = (freq, draws.freq_width, draws.freq_start), (time, draws.time_width, draws.time_start)
-    for axis, (part, width, start) in ((3, bands), (2, stretches)):
-        size = spec.shape[axis]
-        width = width * part * size                                   # (B,)
-        first = (start * (size - width)).long()[:, None]
-        at = torch.arange(size, device=spec.device)
-        blank = (at >= first) & (at < first + width.long()[:, None])  # (B, size)
-        spec = spec.masked_fill(blank[:, None, None, :] if axis == 3 else blank[:, None, :, None], 0.0)
-    return spec
-
-
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+def draw_mixup_weight(config: FinetuneConfig, step: int) -> float:
+    """The weight of an update, the same on all processes; 1: it does not mix."""
+    rng = np.random.default_rng(seed_of("mixup", config.seed, step))
+    if config.mixup and rng.random() < config.mixup_prob:
+        return rng.beta(config.mixup, config.mixup)
+    return 1.0
 
 
 def draw_parts(
@@ -208,25 +170,30 @@ def draw_parts(
     device: torch.device,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """This process's parts of an update, augmented and mixed: [(spec (B, 1, F, M), targets (B, C) fp32)]."""
-    draws, weight = draw_augmentation(config, step)
+    weight = draw_mixup_weight(config, step)
     parts = []
     for part in range(config.accumulate):
-        batch, clips = next(batches), sampler.rows(part)
-        drawn = Draws(*move(draws[:, clips.start : clips.stop], device))
-        waveform, n_samples = (x.to(device, non_blocking=True) for x in batch[:2])
+        batch = next(batches)
+        rngs = []
+        for clip in sampler.rows(part):
+            rngs.append(np.random.default_rng(seed_of("augment", config.seed, step, clip)))
+        waveform = move(batch.waveform, device)                                     # (B, S)
+        n_samples = move(batch.n_samples, device)                                   # (B,)
         if config.roll:
-            waveform = roll_and_gain(waveform, n_samples, drawn.roll, drawn.gain)
+            for row, n, rng in zip(waveform, batch.n_samples.tolist(), rngs):
+                row[:n] = roll_and_gain(row[:n], rng)
         spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)  # (B, 1, F, M)
         if config.noise:
-            uniform, generator = torch.empty_like(spec), torch.Generator(device)
-            for row, clip in zip(uniform, clips):
-                generator.manual_seed(seed_of("uniform", config.seed, step, clip))
-                row.uniform_(generator=generator)
-            spec = add_noise(spec, uniform, drawn.noise, drawn.shift)
+            for row, rng in zip(spec, rngs):
+                row[:] = add_noise(row, rng)
         y = move(targets[batch.items], device).float()                              # (B, C)
         if weight < 1:
-            spec, y = mixup(spec, weight), mixup(y, weight)
-        parts.append((spec_augment(spec, drawn, config.specaug_freq, config.specaug_time), y))
+            spec = mixup(spec, weight)
+            y = mixup(y, weight)
+        for row, rng in zip(spec, rngs):
+            blank_stretch(row, 2, config.specaug_freq, rng)
+            blank_stretch(row, 1, config.specaug_time, rng)
+        parts.append((spec, y))
     return parts
 
 
@@ -248,17 +215,19 @@ def layer_decay_groups(model: AudioClassifier, config: FinetuneConfig) -> list[d
     So the last block is below the head by one factor, and patch_embed, CLS token and norms are at the head's
     rate (models/EAT_audio_classification.py:290-344; not in the paper). A group's own floor is never above
     its peak."""
-    groups, depth = {}, len(model.encoder.blocks)
+    groups = {}
+    depth = len(model.encoder.blocks)
     for name, p in model.named_parameters():
         block = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else depth
         peak = config.lr * config.layer_decay ** (depth - block)
-        group = groups.setdefault(peak, dict(params=[], peak_lr=peak, min_lr=min(config.min_lr, peak)))
-        group["params"].append(p)
+        if peak not in groups:
+            groups[peak] = dict(params=[], peak_lr=peak, min_lr=min(config.min_lr, peak))
+        groups[peak]["params"].append(p)
     return list(groups.values())
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    model: nn.Module, optimizer: Optimizer, scaler: GradScaler,
     parts: list[tuple[Tensor, Tensor]], step: int, config: FinetuneConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update; `model` is the classifier or the DistributedDataParallel around it.
@@ -266,19 +235,25 @@ def train_step(
     however many processes share it."""
     for group in optimizer.param_groups:
         group["lr"] = cosine_lr(step, group["peak_lr"], config.warmup, config.updates, group["min_lr"])
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    total = sum(y.sum() if config.loss == "bce_positives" else y.new_full((), len(y)) for _, y in parts)
-    if world > 1:
+    targets = torch.cat([y for _, y in parts])                  # (clips of this process, C)
+    total = targets.sum()
+    if config.loss != "bce_positives":
+        total = torch.full_like(total, len(targets))
+    world = 1
+    if dist.is_initialized():
+        world = dist.get_world_size()
         dist.all_reduce(total)
     loss = torch.zeros_like(total)
     for i, (spec, y) in enumerate(parts, start=1):
-        with accumulating(model, i < len(parts)):
-            with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
-                logits = model(spec)  # (B, C)
-            part = world * summed_loss(logits, y, config) / total  # DistributedDataParallel divides by world
-            scaler.scale(part).backward()
-        loss += part.detach()
-    return dict(loss=loss, grad_norm=descend(optimizer, scaler, model, config.clip_norm or math.inf))
+        if dist.is_initialized():  # average gradients over processes in the last part only
+            model.require_backward_grad_sync = i == len(parts)
+        with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
+            logits = model(spec)                                # (B, C)
+        part_loss = world * summed_loss(logits, y, config) / total  # averaging gradients divides by world
+        scaler.scale(part_loss).backward()
+        loss += part_loss.detach()
+    grad_norm = descend(optimizer, scaler, model, config.clip_norm)
+    return dict(loss=loss, grad_norm=grad_norm)
 
 
 def sampling_weights(targets: Tensor) -> Tensor:
@@ -286,133 +261,180 @@ def sampling_weights(targets: Tensor) -> Tensor:
     The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al.
     2021, github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are
     understood to rest; its own file is not published."""
-    clip, label = targets.nonzero().unbind(1)
-    rarity = 1000 / (torch.bincount(label, minlength=targets.shape[1]) + 0.01).double()
-    return torch.zeros(len(targets), dtype=torch.float64).index_add_(0, clip, rarity[label])
+    clip, label = targets.nonzero().unbind(1)                                # (labels,) of all clips
+    rarity = 1000 / (targets.sum(0).double() + 0.01)                         # (C,)
+    weights = torch.zeros(len(targets), dtype=torch.float64)
+    return weights.index_add_(0, clip, rarity[label])
 
 
 # ----- Fine-tuning -----------------------------------------------------------------------------------------
 
 
-def open_inputs(config: FinetuneConfig, world: int = 1) -> tuple[Labelled, Labelled, AudioClassifier]:
-    """Check the settings against one another, and open what they name: training and test set, network."""
-    if config.mixup and config.batch_size // (world * config.accumulate) % 2:
-        raise InputError(f"mixup pairs clips: --batch_size {config.batch_size} must give even parts")
-    for name, what in (("eval_data", "a labelled manifest"), ("init", "a checkpoint, or scratch")):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is missing: {what}")
+def fit_to_network(config: FinetuneConfig, network: ModelConfig) -> FinetuneConfig:
+    """Replace settings of 0 by what they stand for."""
+    if not config.clip_frames:
+        frames = network.clip_frames
+        if config.init == "scratch":
+            longest = int(Manifest(config.data).n_samples.max()) / FRAME_SHIFT
+            frames = min(frames, math.ceil(longest / network.patch_size) * network.patch_size)
+        config = replace(config, clip_frames=frames)
+    if not config.norm_std:
+        config = replace(config, norm_mean=network.norm_mean, norm_std=network.norm_std)
+    if not config.lr:
+        config = replace(config, lr=round(0.2 / network.width, 6))
+    return config
+
+
+def fit_to_labels(config: FinetuneConfig, targets: Tensor) -> FinetuneConfig:
+    """Replace the settings "auto": softmax and accuracy if every clip has one class. Raises InputError."""
+    is_single = has_one_class(targets)
+    if config.loss == "auto":
+        config = replace(config, loss="ce" if is_single else "bce")
+    if config.metric == "auto":
+        config = replace(config, metric="accuracy" if is_single else "mAP")
+    if not is_single and (config.loss == "ce" or config.metric == "accuracy"):
+        raise InputError(f"a clip of {config.data} has several labels: --loss bce --metric mAP")
+    return config
+
+
+def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Labelled, AudioClassifier]:
+    """Open what the settings name: the settings, fitted to it, training and test set, network."""
+    if not config.eval_data:
+        raise InputError("--eval_data is missing: a labelled manifest")
+    if not config.init:
+        raise InputError("--init is missing: a checkpoint, or scratch")
+    torch.manual_seed(config.seed)
+    if config.init == "scratch":
+        encoder = Encoder(MODELS[config.model])
+    else:
+        encoder = Encoder.from_pretrained(config.init)
+    config = fit_to_network(config, encoder.config)
     classes = read_classes(config.classes) if config.classes else None
     train = open_labelled(config.data, config.clip_frames, classes, config.min_samples, allow_silence=False)
-    short = [",".join(train.data.manifest.fields(i)[2:3]) for i in train.data.too_short.tolist()]
-    if lost := {label.strip() for text in short for label in text.split(",")} - train.classes.keys() - {""}:
-        raise InputError(f"all clips of {min(lost)} are shorter than --min_samples {config.min_samples}")
     test = open_labelled(config.eval_data, config.clip_frames, train.classes)
     if len(train.classes) < 2:
         raise InputError(f"{config.data} has one class only: {next(iter(train.classes))}")
-    for data, targets, _ in (train, test):
-        if (config.loss == "ce" or config.metric == "accuracy") and (targets.sum(1) != 1).any():
-            raise InputError(f"{data.source}: a clip has several labels: --loss bce --metric mAP")
-    torch.manual_seed(config.seed)
-    if config.init == PRESETS["demo"]["init"] and not os.path.exists(config.init):
-        raise InputError(f"there is no {config.init} yet: run python pretrain.py --preset demo first")
-    is_new = config.init == "scratch"
-    encoder = Encoder(MODELS[config.model]) if is_new else Encoder.from_pretrained(config.init)
+    config = fit_to_labels(config, torch.cat([train.targets, test.targets]))
     try:
-        changes = {k: getattr(config, k) for k in ("clip_frames", "norm_mean", "norm_std", "drop_path")}
-        network = dataclasses.replace(encoder.config, **changes)
+        network = replace(
+            encoder.config, clip_frames=config.clip_frames, norm_mean=config.norm_mean,
+            norm_std=config.norm_std, drop_path=config.drop_path,
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--clip_frames: {error}") from None
-    model = AudioClassifier(network, train.classes, config.pooling, config.loss == "ce")
+    head = dict(pooling=config.pooling)
+    if config.frozen:
+        head = dict(pooling="bands", block=probe_block(network, config.block), norm_eps=None)
+    model = AudioClassifier(network, train.classes, exclusive=config.loss == "ce", **head)
     model.encoder.load_state_dict(encoder.state_dict())
-    return train, test, model
+    return config, train, test, model
 
 
-def fit_presets(argv: list[str]) -> dict[str, dict]:
-    """PRESETS; `own` fitted to the checkpoint and the labels that a command line names: clip length and
-    normalisation as in pre-training, the shortest clip, too, if the checkpoint tells it, lr by width, BCE if
-    clips have several labels."""
-    config = parse_config(FinetuneConfig, PRESETS, argv)
-    if not {"own", "--preset=own"} & set(argv) or config.init in ("", "scratch") or not config.data:
-        return PRESETS
-    state = read_pretrained(config.init)
-    fitted = {name: state["network"][name] for name in ("clip_frames", "norm_mean", "norm_std")}
-    fitted |= dict(lr=round(0.2 / state["network"]["width"], 6))  # 1e-3 for the demo's network
-    fitted |= dict(min_samples=state.get("settings", {}).get("min_samples", config.min_samples))
-    if (open_labelled(config.data, fitted["clip_frames"]).targets.sum(1) > 1).any():
-        fitted |= dict(loss="bce", metric="mAP")
-    return PRESETS | dict(own=PRESETS["own"] | fitted)
+def warn_of_short(data: AudioDataset, run: Run) -> None:
+    """Name the classes that lose more than a tenth of their clips because these are too short."""
+    lost = Counter()
+    total = Counter()
+    for line, n_samples in enumerate(data.manifest.n_samples.tolist()):
+        for label in labels_of(data.manifest.fields(line)):
+            total[label] += 1
+            lost[label] += n_samples < data.min_samples
+    names = [f"{label} ({n} of {total[label]})" for label, n in lost.items() if n > total[label] / 10]
+    if names:
+        run.warn(f"--min_samples {data.min_samples} leaves out clips of {', '.join(names)}")
 
 
 def train(config: FinetuneConfig) -> int:
     """Run the fine-tuning that `config` describes, or go on with it; returns the exit status."""
-    run = Run(config, growth_interval=16_384)
-    (data, targets, classes), test, classifier = open_inputs(config, run.world)
-    init = hashlib.sha256(repr(classifier.config).encode())
-    for p in () if config.init == "scratch" else classifier.encoder.parameters():  # drawn ones vary by CPU
-        init.update(p.detach().numpy().tobytes())
-    names = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
-    digests = dict(init_digest=init.hexdigest(), classes_digest=names.hexdigest())
-    digests |= dict(data_digest=data.digest(), eval_digest=test.data.digest())
-    classifier.to(run.device).train()
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    groups = layer_decay_groups(classifier, config)
-    optimizer = torch.optim.AdamW(groups, 0.0, betas, weight_decay=decay, fused=True)
+    run = Run(config)
+    device = run.device
+    config, train_set, test_set, classifier = open_inputs(config)
+    run.config = config
+    if config.mixup and config.batch_size // (run.world * config.accumulate) % 2:
+        raise InputError(f"mixup pairs clips: --batch_size {config.batch_size} must give even parts")
+    data, targets, classes = train_set
+    classifier.to(device).train()
+    optimizer = run.optimizer(layer_decay_groups(classifier, config))
 
-    # Resume: weights and optimizer from the newest checkpoint, clips from its update on
-    saved = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
-    start = run.resume(saved, MAY_CHANGE, **digests)["step"]
-    process = (run.rank, run.world, config.accumulate)
-    weights = sampling_weights(targets) if config.weighted else None
-    sampler = ClipSampler(
-        len(data), config.batch_size, config.seed, start, *process, weights, config.epoch_clips
+    # Go on from the newest checkpoint in the run folder, if there is one
+    labels = "\n".join(classes).encode(errors="surrogateescape")
+    run.parts = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
+    run.about = dict(network=asdict(classifier.config), head=classifier.head_settings)
+    state = run.resume(
+        MAY_CHANGE, data_digest=data.manifest.digest, eval_digest=test_set.data.manifest.digest,
+        classes_digest=hashlib.sha256(labels).hexdigest(),
     )  # fmt: skip
-    counts = f"{len(data):,} clips ({len(data.too_short)} more too short), {len(test.data):,} to evaluate on"
-    run.say(f"{config.init}: {len(classes)} classes, {counts}")
-    if n_cut := data.n_cut + test.data.n_cut:
-        run.say(f"WARNING: of {n_cut} longer clips only the first {config.clip_frames} frames are used")
-    if config.weighted and config.epoch_clips >= len(data):
-        run.say("WARNING: --weighted has no effect: --epoch_clips draws every clip; choose fewer")
+    run.about["best"] = state.get("best", [0, 0.0, 0])
+    run.say(f"{len(classes)} classes, {len(data):,} clips, {len(test_set.data):,} to evaluate on")
+    n_cut = data.n_cut + test_set.data.n_cut
+    if n_cut:
+        run.warn(f"of {n_cut} longer clips only the first {config.clip_frames} frames are used")
+    warn_of_short(data, run)
+
+    def evaluate(step: int) -> float:
+        classifier.eval()
+        found = predict(classifier, test_set.data, classifier.config, device, **run.loading)
+        classifier.train()
+        scores, _ = summarize_scores(found.values, test_set.targets[found.items])
+        run.log(step=step, **scores, unreadable=len(found.problems))
+        run.add("bad_files.tsv", found.problems)
+        new = [scores["clips"], scores[config.metric], step]  # a score of fewer clips says less
+        if new[:2] > run.about["best"][:2] and run.save("best.pt", step, dict(classifier=classifier)):
+            run.about["best"] = new
+        return scores[config.metric]
+
+    if config.frozen:
+        fit_head(classifier, train_set, run)
+        run.save("last.pt", config.updates, run.parts)
+        run.say(f"done: {config.metric} {evaluate(config.updates):.4f}: {run.out_dir}")
+        return 0
+
+    # Of every update this process reads its share
+    weights = sampling_weights(targets) if config.weighted else None
+    sampler = run.sampler(data, weights, config.epoch_clips)
+    batches = run.load(data, sampler)
+    # Evaluate every epoch or, if that is more, every twentieth of the run
+    epoch = sampler.epoch_items // config.batch_size
+    eval_every = config.eval_every or max(epoch, config.updates // 20, 1)
+
+    # Speed: compile in place, so that names of parameters stay; average gradients over processes
     if config.compile:
         classifier.compile()
-    model, batches = distribute(classifier), run.batches(data, sampler)
+    model = distribute(classifier)
 
-    def evaluate(step: int) -> None:
-        scores, _, found = score(classifier.eval(), test, run.device, **run.loading)
-        classifier.train()
-        run.log(step=step, **scores)
-        run.write("bad_files.tsv", found.problems if run.rank == 0 else [])
-        if found.problems:
-            run.say(f"WARNING: {len(found.problems)} clips to evaluate on cannot be used: see bad_files.tsv")
-        best, new = run.plain["best"], dict(step=step, score=scores[config.metric], clips=scores["clips"])
-        if (new["clips"], new["score"]) > (best["clips"], best["score"]):  # of fewer, it says less
-            run.plain["best"] = new
-            if not run.save("best.pt", step, classifier=classifier):
-                run.plain["best"] = best  # which the file still holds
-
-    # Clips between evaluations: an epoch or, if that is more, a twentieth of the run
-    stretch = config.batch_size * config.eval_every
-    stretch = stretch or max(sampler.epoch_items, config.batch_size * config.updates // 20)
-    head, best = classifier.head_settings, dict(step=0, score=-1.0, clips=0)
-    if start and (path := run.out_dir / "best.pt").exists():  # it may be newer than the checkpoint
-        with contextlib.suppress(CheckpointError):
-            best |= load_checkpoint(path)["best"]
-    for step in run.steps(start, network=asdict(classifier.config), head=head, best=best):
-        if step and step * config.batch_size % stretch < config.batch_size:
+    for step in run.steps():
+        if step and step % eval_every == 0:
             evaluate(step)
-        parts = draw_parts(batches, sampler, targets, config, step, run.device)
-        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))  # now: loaders draw, too
+
+        parts = draw_parts(batches, sampler, targets, config, step, device)
+        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))
         out = train_step(model, optimizer, run.scaler, parts, step, config, run.amp)
-        run.history.append(out)
+        run.history.append(torch.stack([out["loss"], out["grad_norm"]]))
+
         step += 1  # from here on: completed updates
         if step == 1 or step % config.log_every == 0 or step == config.updates:
             lr = max(group["lr"] for group in optimizer.param_groups)
-            run.log_training(step, epoch=step * config.batch_size / sampler.epoch_items, lr=lr)
-    if not run.status:
-        evaluate(config.updates)
-        best = run.plain["best"]
-        run.say(f"done: best {config.metric} {best['score']:.4f}, after update {best['step']}: {run.out_dir}")
-    return run.status
+            epoch = step * config.batch_size / sampler.epoch_items
+            run.log_training(step, ("loss", "grad_norm"), lr=lr, epoch=epoch)
+
+        run.save_or_stop(step)
+
+    if not run.stopped:
+        last = evaluate(config.updates)
+        _, best, step = run.about["best"]
+        run.say(f"done: {config.metric} {last:.4f} in the end, last.pt: the score to quote")
+        run.say(f"best: {best:.4f} after update {step}, best.pt: chosen on --eval_data, so too good")
+    return run.stopped
+
+
+def fit_head(classifier: AudioClassifier, train_set: Labelled, run: Run) -> None:
+    """Logistic regression of the classes on the frozen encoder's features, as in evaluate.probe."""
+    features = pooled(classifier.eval().encoder, "bands", classifier.block)
+    found = predict(features, train_set.data, classifier.config, run.device, **run.loading)
+    run.add("bad_files.tsv", found.problems)
+    targets = train_set.targets[found.items].to(run.device)
+    weight, bias = fit_linear(found.values.to(run.device), targets)
+    classifier.head.load_state_dict(dict(weight=weight, bias=bias))
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(FinetuneConfig, fit_presets(sys.argv[1:]))))
+    run_script(lambda: train(parse_config(FinetuneConfig, PRESETS)))

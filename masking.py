@@ -18,9 +18,6 @@ This file needs torch only and can be copied alone. `python masking.py` prints t
 import torch
 from torch import Tensor
 
-FLEXIBLE_BLOCKS = ((6, 4), (5, 5), (8, 3))  # (time, freq); released code: utils/data_utils.py:234-274
-FLEXIBLE_ANCHOR = (2, 2)  # there every shape, whatever its size, starts 2 patches before its centre
-
 
 def count_visible(n_patches: int, mask_ratio: float) -> int:
     """Number of patches left visible, 102 of 512 at ratio 0.8: same float arithmetic as the released code."""
@@ -35,7 +32,6 @@ def inverse_block_mask(
     adjust: float = 0.07,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-    anchor: tuple[int, int] | None = None,
 ) -> Tensor:
     """Draw n masks that keep a few blocks visible: (n, H*W) bool, True = masked, equally many in each row.
 
@@ -49,50 +45,29 @@ def inverse_block_mask(
         block: size of a visible block in patches, (time, frequency).
         adjust: extra area drawn to make up for overlapping and cut blocks.
         generator, device: where the masks are drawn; nothing is copied to or from the CPU.
-        anchor: how many patches before its centre a block starts; default half a block.
     Raises:
-        ValueError: the block is larger than the grid, or not even one is drawn, or nothing is visible.
+        ValueError: the block is larger than the grid, or no block or patch would be visible.
     """
-    (H, W), (h, w) = grid, block
-    n_visible = count_visible(H * W, mask_ratio) if 0 < mask_ratio < 1 else 0
-    fits = n_visible > 0 and 0 < h <= H and 0 < w <= W
-    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w))) if fits else 0
-    if n_blocks < 1 or not 0 < n_visible < H * W:
+    H, W = grid
+    h, w = block
+    if not (0 < mask_ratio < 1 and 0 < h <= H and 0 < w <= W):
+        raise ValueError(f"a grid of {H} x {W} has no mask of ratio {mask_ratio} with blocks of {h} x {w}")
+    n_visible = count_visible(H * W, mask_ratio)
+    n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w)))
+    if not 0 < n_visible < H * W or n_blocks < 1:
         raise ValueError(
-            f"a grid of {H} x {W} patches at mask ratio {mask_ratio} has {n_visible} visible and room for "
+            f"{H} x {W} patches at mask ratio {mask_ratio} leave {n_visible} visible, which has room for "
             f"{n_blocks} blocks of {h} x {w}: choose a smaller block, longer clips or another ratio"
         )
-    top, left = anchor or (h // 2, w // 2)
     center = torch.randint(H * W, (n, n_blocks, 1), generator=generator, device=device)  # (n, K, 1)
-    from_top = torch.arange(H, device=device) - (center // W - top)                    # (n, K, H)
-    from_left = torch.arange(W, device=device) - (center % W - left)                   # (n, K, W)
+    from_top = torch.arange(H, device=device) - center // W + h // 2                   # (n, K, H)
+    from_left = torch.arange(W, device=device) - center % W + w // 2                   # (n, K, W)
     in_rows = ((from_top >= 0) & (from_top < h)).float()                               # (n, K, H)
     in_cols = ((from_left >= 0) & (from_left < w)).float()                             # (n, K, W)
     in_block = torch.einsum("nkh,nkw->nhw", in_rows, in_cols).clamp(max=1).flatten(1)  # (n, H*W) in {0, 1}
     noise = torch.rand(in_block.shape, generator=generator, device=device)
     keep = (in_block + noise).topk(n_visible, dim=1, sorted=False).indices             # (n, V), blocks first
     return torch.ones_like(in_block, dtype=torch.bool).scatter_(1, keep, False)        # (n, H*W)
-
-
-def flexible_block_mask(
-    n: int,
-    clones: int,
-    grid: tuple[int, int] = (64, 8),
-    mask_ratio: float = 0.8,
-    adjust: float = 0.07,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Inverse block masks with a block shape drawn for each clip: (n * clones, H*W) bool, clone-minor rows.
-    The last row of the paper's Table 3; released code: the option `flexible_mask`, off in its recipes.
-    Raises ValueError as `inverse_block_mask` does."""
-    shapes = [
-        inverse_block_mask(n * clones, grid, mask_ratio, block, adjust, generator, device, FLEXIBLE_ANCHOR)
-        for block in FLEXIBLE_BLOCKS
-    ]
-    choice = torch.randint(len(shapes), (n, 1), generator=generator, device=device)  # (n, 1)
-    choice = choice.expand(n, clones).reshape(-1)                                    # (n*C,)
-    return torch.stack(shapes)[choice, torch.arange(n * clones, device=device)]      # (n*C, H*W)
 
 
 def visible_ids(mask: Tensor, n_visible: int) -> Tensor:
@@ -102,11 +77,8 @@ def visible_ids(mask: Tensor, n_visible: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    for name, mask in (
-        ("inverse blocks, 5 x 5", inverse_block_mask(1)),
-        ("inverse blocks, flexible", flexible_block_mask(1, clones=1)),
-        ("random, 1 x 1", inverse_block_mask(1, block=(1, 1))),
-    ):
-        print(f"\n{name}: {int((~mask).sum())} of {mask.numel()} patches visible ('.'); time to the right")
+    for block in ((5, 5), (3, 8), (1, 1)):
+        mask = inverse_block_mask(1, block=block)
+        print(f"\nblocks of {block}: {int((~mask).sum())} of 512 patches visible ('.'); time to the right")
         for row in mask.view(64, 8).T.flip(0):  # low frequencies at the bottom
-            print(" ".join(".#"[cell] for cell in row.int().tolist()))
+            print(" ".join("#" if cell else "." for cell in row.tolist()))

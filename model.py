@@ -1,8 +1,8 @@
 """The EAT model: spectrogram in, tokens or loss out (EAT paper, arXiv 2401.03497, Sec. 3).
 
-A student sees a few visible patches of a spectrogram and predicts what a teacher, an exponential moving
-average (EMA) of the student, computes from all of it: for each masked patch its features (frame loss), and
-with its CLS token their mean over the clip (utterance loss).
+A student sees a few patches of a spectrogram and predicts what a teacher, an exponential moving average (EMA)
+of the student, computes from all of it: the features of each masked patch (frame loss) and, with its CLS
+token, their mean over the clip (utterance loss).
 
     Encoder           spectrogram -> tokens: a ViT with post-norm blocks; the class to copy for features
     make_targets      the teacher's feed-forward outputs -> what the student must predict
@@ -11,8 +11,8 @@ with its CLS token their mean over the clip (utterance loss).
     AudioClassifier   encoder -> CLS token -> a score for each class
 
 `from_pretrained` reads this project's run folders and .pt files and, with extras/released.py, released ones.
-This file needs torch only and can be copied alone. `python model.py` prints sizes.
-Citations such as models/mae.py:404 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
+This file needs torch only and can be copied alone; `python model.py` prints sizes. Citations such as
+models/mae.py:404 point into the released code (github.com/cwx-worst-one/EAT at 06c1c34).
 
 Shapes:
     B  clips                             H, W  patches in time and frequency: 64 x 8 for 10 s
@@ -27,9 +27,7 @@ import contextlib
 import errno
 import math
 import os
-import re
-import runpy
-import sys
+import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -41,6 +39,7 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6  # of the encoder's LayerNorms; target and decoder norms use PyTorch's 1e-5
 MAX_PATCH_ROWS = 768  # longest input in patches of 16 frames: 768 * 0.16 s = 2 minutes
+POOLINGS = ("cls", "mean", "bands")  # see `pool`
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,17 @@ class ModelConfig:
     norm_std: float = 4.569  # likewise; values are divided by twice this
 
     def __post_init__(self):
-        P, sizes = max(1, self.patch_size), [getattr(self, f.name) for f in fields(self) if f.type is int]
-        for holds, rule in (
-            (P <= self.clip_frames < P * (MAX_PATCH_ROWS + 1), f"{P} to {P * MAX_PATCH_ROWS} clip_frames"),
-            (all(type(n) is int and 0 < n <= 2**14 for n in sizes) and self.depth <= 256, "sizes that fit"),
-            (self.width % max(1, self.heads) == self.width % 4 == 0, "a width that divides by heads and 4"),
-            (self.width % max(1, self.decoder_groups) == 0, "a width that divides by decoder_groups"),
-            (self.mel_bins % P == 0 and self.mel_bins <= 32 * P, f"mel bins in at most 32 patches of {P}"),
-            (self.decoder_kernel % 2 == 1, "an odd decoder_kernel"),
-            (0 <= self.drop_path < 1, "a drop_path from 0 to below 1"),
-            (abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf, "a finite mean and std"),
-        ):
-            if not holds:
-                raise ValueError(f"expected {rule}: {self}")
+        P = self.patch_size
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and 0 < value <= 2**14):
+                raise ValueError(f"expected {field.name} from 1 to {2**14}, not {value!r}")
+        if self.clip_frames not in range(P, P * MAX_PATCH_ROWS + 1, P) or self.mel_bins % P:
+            raise ValueError(f"expected whole patches of {P}, at most {MAX_PATCH_ROWS} in time: {self}")
+        if self.width % self.heads or self.width % 4 or self.depth > 256:
+            raise ValueError(f"expected a width that divides by heads and 4, at most 256 blocks: {self}")
+        if not (0 <= self.drop_path < 1 and abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf):
+            raise ValueError(f"expected a drop_path below 1, a finite norm_mean, a norm_std above 0: {self}")
 
     def grid(self, frames: int) -> tuple[int, int]:
         """Patches in (time, frequency) of a spectrogram of `frames` frames."""
@@ -93,23 +90,36 @@ MODELS = {
 # ----- Encoder ---------------------------------------------------------------------------------------------
 
 
-def sincos_2d(rows: int, cols: int, width: int) -> Tensor:
+def sincos_2d(rows: int, cols: int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions of a rows x cols (time x frequency) grid, time-major: (rows * cols, width).
     Channels: [sin f | cos f | sin t | cos t], a quarter of the width each. The paper (Sec. 3.1) says 1-D
     positions; the released weights were trained with these (models/images.py:109-125)."""
-    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float32) / (width // 4))  # (D/4,)
-    t, f = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")           # (rows, cols)
-    f_angle, t_angle = (axis.reshape(-1, 1) * omega for axis in (f, t))                    # (rows*cols, D/4)
-    return torch.cat([f_angle.sin(), f_angle.cos(), t_angle.sin(), t_angle.cos()], dim=1)  # (rows*cols, D)
+    exponent = torch.arange(width // 4, dtype=torch.float32, device=device) / (width // 4)
+    omega = 1.0 / 10000**exponent                                        # (D/4,)
+    t = torch.arange(rows, device=device).repeat_interleave(cols)        # (rows*cols,)
+    f = torch.arange(cols, device=device).repeat(rows)                   # (rows*cols,)
+    t = t[:, None] * omega                                               # (rows*cols, D/4)
+    f = f[:, None] * omega                                               # (rows*cols, D/4)
+    return torch.cat([f.sin(), f.cos(), t.sin(), t.cos()], dim=1)        # (rows*cols, D)
+
+
+def flat_rows(ids: Tensor, n: int) -> Tensor:
+    """Patch numbers of each clip, (B, k), as rows of all clips' patches, (B*n, D): (B*k,)."""
+    first = n * torch.arange(ids.shape[0], device=ids.device)[:, None]   # (B, 1)
+    return (first + ids).flatten()
 
 
 class LayerNorm(nn.LayerNorm):
-    """Returns the type of x, with statistics in fp32; under autocast alone, its output would be fp32."""
+    """Returns the type of x, with statistics in fp32; autocast alone would return fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        affine = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        weight = None
+        bias = None
+        if self.elementwise_affine:
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, *affine, self.eps)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -124,7 +134,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # (B, T, 3, heads, D/heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))    # 3 x (B, heads, T, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                # 3 x (B, heads, T, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)                   # (B, heads, T, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))          # (B, T, D)
 
@@ -143,7 +153,10 @@ class MLP(nn.Module):
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
     """Leave a residual branch out for a part `rate` of the clips: (B, T, D) -> (B, T, D)."""
-    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - rate).div_(1 - rate) if rate > 0 else x
+    if rate == 0:
+        return x
+    scale = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)  # (B, 1, 1), 0 where left out
+    return x * scale
 
 
 class Block(nn.Module):
@@ -159,10 +172,13 @@ class Block(nn.Module):
         self.drop_path = drop_path  # in training only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rate = self.drop_path if self.training else 0.0
+        rate = 0.0
+        if self.training:
+            rate = self.drop_path
         x = self.norm1(x + drop_path(self.attn(x), rate))
         ffn = self.mlp(x)
-        return self.norm2(x + drop_path(ffn, rate)), ffn
+        x = self.norm2(x + drop_path(ffn, rate))
+        return x, ffn
 
 
 class Encoder(nn.Module):
@@ -171,12 +187,10 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        D, P = config.width, config.patch_size
+        D = config.width
+        P = config.patch_size
         self.patch_embed = nn.Conv2d(1, D, kernel_size=P, stride=P)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        with torch.device("cpu"):  # computed, not loaded: `rebuild` makes the rest on "meta"
-            pos_embed = sincos_2d(MAX_PATCH_ROWS, config.mel_bins // P, D)  # (768*W, D)
-        self.register_buffer("pos_embed", pos_embed, persistent=False)
         self.norm_pre = nn.LayerNorm(D, eps=NORM_EPS)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
@@ -192,48 +206,54 @@ class Encoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def embed(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Patches with positions, the visible ones if ids_keep (B*C, V) is given, behind the CLS token.
-        (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D). Each clip is cut into patches once, whatever C is;
-        frames that do not fill one are left out. Raises ValueError for another shape, or for too many frames.
-        """
+        """CLS token and patches with positions, only the visible ones if ids_keep (B*C, V) is given:
+        (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D). Frames that do not fill a patch are left out. Raises
+        ValueError for other shapes."""
         if spec.ndim != 4 or spec.shape[1] != 1 or spec.shape[3] != self.config.mel_bins:
             raise ValueError(f"expected (B, 1, F, {self.config.mel_bins}), got {tuple(spec.shape)}")
         if not 1 <= self.config.grid(spec.shape[2])[0] <= MAX_PATCH_ROWS:
             raise ValueError(f"{spec.shape[2]} frames are not 1 to {MAX_PATCH_ROWS} patches")
-        x = self.patch_embed(spec).flatten(2).transpose(1, 2)             # (B, N, D)
-        dtype, x = x.dtype, x + self.pos_embed[: x.shape[1]]  # in autocast: its type; fp32 up to the norm
+        x = self.patch_embed(spec)                                        # (B, D, H, W)
+        H, W = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)                                  # (B, N, D)
+        dtype = x.dtype  # in autocast: its type; fp32 up to the norm
+        pos_embed = sincos_2d(H, W, self.config.width, x.device)          # (N, D): computed, so never missing
+        x = x + pos_embed
         if ids_keep is not None:
             B, N, D = x.shape
-            first = N * torch.arange(B, device=x.device)[:, None]         # (B, 1)
-            rows = (first + ids_keep.reshape(B, -1)).flatten()            # (B*C*V,)
-            x = x.reshape(B * N, D).index_select(0, rows).view(*ids_keep.shape, D)  # (B*C, V, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D) or (B*C, 1+V, D)
+            rows = flat_rows(ids_keep.reshape(B, -1), N)                  # (B*C*V,)
+            x = x.reshape(B * N, D).index_select(0, rows)                 # (B*C*V, D)
+            x = x.view(*ids_keep.shape, D)                                # (B*C, V, D)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)             # (B, 1, D) or (B*C, 1, D)
+        x = torch.cat([cls_token, x], dim=1)                              # (B, 1+N, D) or (B*C, 1+V, D)
         return self.norm_pre(x).to(dtype)
 
-    def forward(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode all patches or the visible ones: (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D), CLS first."""
+    def forward(self, spec: Tensor, ids_keep: Tensor | None = None, n_blocks: int | None = None) -> Tensor:
+        """Encode all patches or the visible ones: (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D), CLS first;
+        with `n_blocks`, by the first blocks only."""
         x = self.embed(spec, ids_keep)
-        for block in self.blocks:
+        for block in self.blocks[:n_blocks]:
             x, _ = block(x)
         return x
 
     def ffn_outputs(self, spec: Tensor) -> list[Tensor]:
         """Feed-forward output of every block for all patches, without CLS: L x (B, N, D)."""
-        x, outputs = self.embed(spec), []
+        x = self.embed(spec)
+        outputs = []
         for block in self.blocks:
             x, ffn = block(x)
             outputs.append(ffn[:, 1:])
         return outputs
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, teacher: bool = False) -> "Encoder":
+    def from_pretrained(cls, path: str | Path, teacher: bool = False) -> "Encoder":
         """The encoder of any checkpoint that read_pretrained knows, in eval mode. Raises CheckpointError.
         Of a pre-training run it is the student, as the released code uses it, or with `teacher` its EMA."""
         state = read_pretrained(path)
-        if teacher and not state.get("teacher"):
-            raise CheckpointError(f"{path} has no teacher: it is not a pre-training checkpoint")
-        part = "teacher" if teacher else "student" if "student" in state else "classifier"
-        return rebuild(cls, state, part, "" if teacher else "encoder.")
+        if teacher:
+            return rebuild(cls, state, "teacher")
+        part = "student" if "student" in state else "classifier"
+        return rebuild(cls, state, part, "encoder.")
 
 
 # ----- Pre-training: targets, decoder, loss ----------------------------------------------------------------
@@ -243,8 +263,7 @@ def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
     """Average blocks' outputs into targets: L x (B, N, D) -> (B, N, D), fp32 (EAT_pretraining.py:785-828).
     Each block is first normalised per clip and channel over its patches, so that no block dominates and no
     constant offset can be predicted; the average is then normalised over channels. The paper (Sec. 3.2) says
-    "outputs of all layers"; in the released code they are those of the feed-forward networks, before residual
-    and norm."""
+    "outputs of all layers"; the released code takes the feed-forward networks', before residual and norm."""
     normed = [F.instance_norm(y.float().transpose(1, 2)) for y in ffn_outputs]  # L x (B, D, N)
     mean = (sum(normed) / len(normed)).transpose(1, 2)                          # (B, N, D)
     return F.layer_norm(mean, mean.shape[2:])
@@ -252,23 +271,24 @@ def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
 
 class Decoder(nn.Module):
     """CNN that predicts every patch from the visible ones (paper Sec. 3.3; models/modules.py:182-230).
-    Released code beyond the paper: grouped convolutions, a residual around each layer, norms without affine,
-    a final linear layer, and small noise instead of a learned mask token; positions are implied by the grid.
-    """
+    Only in the released code: grouped convolutions, residuals, norms without affine, a final linear layer,
+    and small noise instead of a learned mask token. The grid implies the positions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, kernel, groups = config.width, config.decoder_kernel, config.decoder_groups
-        conv = dict(kernel_size=kernel, padding=kernel // 2, groups=groups)
-        self.blocks = nn.ModuleList(nn.Conv2d(D, D, **conv) for _ in range(config.decoder_depth))
+        D = config.width
+        self.blocks = nn.ModuleList()
+        for _ in range(config.decoder_depth):
+            conv = nn.Conv2d(D, D, config.decoder_kernel, padding="same", groups=config.decoder_groups)
+            self.blocks.append(conv)
         self.norm = LayerNorm(D, elementwise_affine=False)
         self.proj = nn.Linear(D, D)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, noise: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B*C, V, D) in their places among `noise` (B*C, N, D) -> (B*C, N, D)."""
-        (BC, N, D), (H, W) = noise.shape, grid
-        first = N * torch.arange(BC, device=noise.device)[:, None]             # (B*C, 1)
-        rows = (first + ids_keep).flatten()                                    # (B*C*V,)
+        BC, N, D = noise.shape
+        H, W = grid
+        rows = flat_rows(ids_keep, N)                                          # (B*C*V,)
         fill = noise.reshape(BC * N, D).to(tokens.dtype)                       # (B*C*N, D)
         x = fill.index_copy(0, rows, tokens.reshape(-1, D)).view(BC, H, W, D)  # (B*C, H, W, D)
         for conv in self.blocks:  # channels stay last in memory: conv and norm read the tensor as it lies
@@ -282,11 +302,14 @@ def ufo_loss(pred: Tensor, cls: Tensor, targets: Tensor, mask: Tensor) -> tuple[
     pred (B*C, N, D) against targets (B, N, D) at the masked patches of mask (B*C, N); cls (B*C, D) against
     the clip's mean target. The targets are broadcast over the clones, not copied."""
     B, N, D = targets.shape
-    pred = pred.float().view(B, -1, N, D)                                                  # (B, C, N, D)
-    frame = F.mse_loss(pred, targets[:, None].expand_as(pred), reduction="none").mean(-1)  # (B, C, N)
+    pred = pred.float().view(B, -1, N, D)                                # (B, C, N, D)
+    expected = targets[:, None].expand_as(pred)                          # (B, C, N, D)
+    error = F.mse_loss(pred, expected, reduction="none").mean(-1)        # (B, C, N)
     mask = mask.view(B, -1, N).float()
-    utterance = cls.float().view(B, -1, D) - targets.mean(1, keepdim=True)                 # (B, C, D)
-    return (frame * mask).sum() / mask.sum(), utterance.square().mean()
+    mse_frame = (error * mask).sum() / mask.sum()
+    cls = cls.float().view(B, -1, D)                                     # (B, C, D)
+    mse_utterance = (cls - targets.mean(1, keepdim=True)).square().mean()
+    return mse_frame, mse_utterance
 
 
 class EAT(nn.Module):
@@ -306,71 +329,101 @@ class EAT(nn.Module):
         noise (B*C, N, D) -> loss = loss_frame + loss_utterance (fp32 scalars) and pred (B*C, N, D), detached.
 
         loss = sqrt(D) * (MSE_frame + utterance_weight * MSE_utterance). The released code sums the utterance
-        term over the rows of one GPU (EAT_pretraining.py:760-776), so that its lambda = 1 is a weight of 12
-        clips * 16 clones; written with means, the weight does not depend on how a batch is divided."""
-        tokens = self.encoder(spec, ids_keep)                                                 # (B*C, 1+V, D)
-        pred = self.decoder(tokens[:, 1:], ids_keep, noise, self.config.grid(spec.shape[2]))  # (B*C, N, D)
+        term over the rows of one GPU (EAT_pretraining.py:760-776): its lambda = 1 is a weight of 12 clips *
+        16 clones. With means, the weight does not depend on how a batch is divided."""
+        grid = self.config.grid(spec.shape[2])
+        tokens = self.encoder(spec, ids_keep)                        # (B*C, 1+V, D)
+        pred = self.decoder(tokens[:, 1:], ids_keep, noise, grid)    # (B*C, N, D)
         mse_frame, mse_utterance = ufo_loss(pred, tokens[:, 0], targets, mask)
-        loss_frame = math.sqrt(self.config.width) * mse_frame
-        loss_utterance = math.sqrt(self.config.width) * utterance_weight * mse_utterance
-        parts = dict(loss_frame=loss_frame, loss_utterance=loss_utterance, pred=pred)
-        return dict(loss=loss_frame + loss_utterance) | {name: part.detach() for name, part in parts.items()}
+        scale = math.sqrt(self.config.width)
+        loss_frame = scale * mse_frame
+        loss_utterance = scale * utterance_weight * mse_utterance
+        return dict(
+            loss=loss_frame + loss_utterance, loss_frame=loss_frame.detach(),
+            loss_utterance=loss_utterance.detach(), pred=pred.detach(),
+        )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> tuple["EAT", Encoder]:
+    def from_pretrained(cls, path: str | Path) -> tuple["EAT", Encoder]:
         """Student and teacher of a pre-training checkpoint, in eval mode. Raises CheckpointError."""
         state = read_pretrained(path)
-        if not state.get("teacher"):
-            raise CheckpointError(f"{path} holds an encoder only, without decoder and teacher")
-        return rebuild(cls, state, "student"), rebuild(Encoder, state, "teacher")
+        teacher = rebuild(Encoder, state, "teacher")
+        return rebuild(cls, state, "student"), teacher
 
 
 # ----- Classification --------------------------------------------------------------------------------------
 
 
+def pool(tokens: Tensor, spec: Tensor, config: ModelConfig, pooling: str) -> Tensor:
+    """One vector for each clip, from its tokens (B, 1+N, D) and their spec (B, 1, F, M).
+    cls, as in the paper, (B, D); mean over the patches, (B, D); or bands, (B, 2*W*D): mean and deviation over
+    time of each band of 16 mel bins, without padding and digital silence (frames of equal mel bins)."""
+    patches = tokens[:, 1:]                                        # (B, N, D)
+    if pooling == "cls":
+        return tokens[:, 0]                                        # (B, D)
+    if pooling == "mean":
+        return patches.mean(1)                                     # (B, D)
+    H, W = config.grid(spec.shape[2])
+    patches = patches.unflatten(1, (H, W))                         # (B, H, W, D)
+    is_sound = (spec.amax(3) > spec.amin(3)).float()               # (B, 1, F)
+    part = F.avg_pool1d(is_sound, config.patch_size)[:, 0]         # (B, H) of each row of patches
+    least = part.amax(1, keepdim=True).clamp(max=0.5)              # (B, 1): some row is always used
+    weight = (part >= least).float()[:, :, None, None]             # (B, H, 1, 1)
+    total = weight.sum(1)                                          # (B, 1, 1)
+    mean = (patches * weight).sum(1) / total                       # (B, W, D)
+    square = (patches - mean[:, None]).square() * weight           # (B, H, W, D)
+    std = (square.sum(1) / total + 1e-6).sqrt()                    # (B, W, D)
+    return torch.cat([mean, std], dim=1).flatten(1)                # (B, 2*W*D)
+
+
 class AudioClassifier(nn.Module):
     """Encoder, LayerNorm and a linear head (paper Sec. 3.4; models/EAT_audio_classification.py:365-457).
     classes: what a manifest calls each class -> its name for people, in the order of the outputs.
-    pooling: "cls" (the paper's choice), "mean" of the patches, or "bands": that over time, of each band.
-    exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each."""
+    pooling: how tokens become one vector (`pool`). block: after which block, 0 = the last.
+    exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each.
+    norm_eps: of the LayerNorm, None = without one. Raises ValueError or TypeError for other settings."""
 
     def __init__(
         self, config: ModelConfig, classes: dict[str, str], pooling: str = "cls", exclusive: bool = False,
-        norm_eps: float = NORM_EPS,
+        norm_eps: float | None = NORM_EPS, block: int = 0,
     ):  # fmt: skip
         super().__init__()
-        are_names = all(isinstance(name, str) for name in (*classes, *classes.values()))
-        if pooling not in ("cls", "mean", "bands") or not are_names or not 0 <= norm_eps < math.inf:
-            raise ValueError(f"expected names, an eps, pooling cls, mean or bands: {norm_eps}, {pooling!r}")
-        self.head_settings = dict(classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps)
-        self.config, self.classes, self.pooling, self.exclusive = config, dict(classes), pooling, exclusive
+        if pooling not in POOLINGS or block not in range(config.depth + 1):
+            raise ValueError(f"there is no pooling {pooling!r}, or no block {block!r}")
+        "".join([*classes, *classes.values()])  # TypeError unless all are names
+        self.head_settings = dict(
+            classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps, block=block
+        )  # fmt: skip
+        self.config = config
+        self.classes = dict(classes)
+        self.pooling = pooling
+        self.exclusive = exclusive
+        self.block = block
         self.encoder = Encoder(config)
-        width = config.width * (config.mel_bins // config.patch_size if pooling == "bands" else 1)
-        self.fc_norm = LayerNorm(width, eps=norm_eps)
+        width = config.width
+        if pooling == "bands":
+            width = 2 * config.width * config.mel_bins // config.patch_size
+        self.fc_norm = nn.Identity()
+        if norm_eps is not None:
+            self.fc_norm = LayerNorm(width, eps=norm_eps)
         self.head = nn.Linear(width, len(classes))
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, spec: Tensor) -> Tensor:
         """(B, 1, F, M) -> logits (B, classes)."""
-        tokens = self.encoder(spec)                                                # (B, 1+N, D)
-        pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)  # (B, D)
-        if self.pooling == "bands":
-            patches = tokens[:, 1:].unflatten(1, self.config.grid(spec.shape[2]))  # (B, H, W, D)
-            pooled = patches.mean(1).flatten(1)                                    # (B, W*D)
-        return self.head(self.fc_norm(pooled))                                     # (B, classes)
+        tokens = self.encoder(spec, n_blocks=self.block or None)   # (B, 1+N, D)
+        pooled = pool(tokens, spec, self.config, self.pooling)     # (B, D) or wider
+        return self.head(self.fc_norm(pooled))                     # (B, classes)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What forward returns as probabilities, (B, classes)."""
         return logits.softmax(1) if self.exclusive else logits.sigmoid()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "AudioClassifier":
+    def from_pretrained(cls, path: str | Path) -> "AudioClassifier":
         """The classifier of any fine-tuned checkpoint, in eval mode. Raises CheckpointError."""
-        state = read_pretrained(path)
-        if "classifier" not in state:
-            raise CheckpointError(f"{path} is not fine-tuned, it has no classes: finetune.py adds them")
-        return rebuild(cls, state, "classifier")
+        return rebuild(cls, read_pretrained(path), "classifier")
 
 
 # ----- Checkpoints -----------------------------------------------------------------------------------------
@@ -382,105 +435,78 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why, in one line."""
 
 
-def save_checkpoint(path: Path, **state) -> Path:
-    """Write a checkpoint, whole or not at all; returns its path. The old last.pt becomes previous.pt."""
-    partial = path.with_suffix(".tmp")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
 @contextlib.contextmanager
-def refusing(path: str | os.PathLike) -> Iterator[None]:
-    """Inside, what a damaged or foreign file makes Python raise becomes a CheckpointError of one line.
-    What keeps a file from being read now, as memory or a permission, is no damage: an OSError stays one."""
+def refusing(path: str | Path) -> Iterator[None]:
+    """Inside, whatever Python raises for a damaged or foreign file becomes a CheckpointError of one line.
+    An OSError stays one: a missing permission or memory says nothing about the file."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever zipfile, pickle and torch make of a stranger's bytes
-        reason = " ".join(str(error).replace("\t", "").split("\n")[:2])[:300].strip() or type(error).__name__
-        if "weights_only" in reason:  # pickled code, or nonsense: torch.load runs none of it
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it holds {code[1] if code else 'more than tensors'}, which may be malicious"
-        if isinstance(error, MemoryError) or "allocate memory" in reason:
-            error = OSError(errno.ENOMEM, "not enough memory", str(path))
-        of_damage = (errno.ENOENT, errno.EINVAL)  # which wrong offsets in a file lead to
-        if isinstance(error, CheckpointError) or getattr(error, "errno", of_damage[0]) not in of_damage:
-            raise error from None
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT, None):
+            raise  # these three come from wrong offsets in the file
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise OSError(errno.ENOMEM, "not enough memory", str(path)) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch.load runs no code
+            reason = "it is damaged, or holds Python objects, which could run code"
         raise CheckpointError(f"{path} is not a checkpoint of this model: {reason}") from None
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a file of tensors and plain values, on the CPU, without running anything in it.
-    Raises CheckpointError if it is missing, damaged or holds more. torch.load compares no checksums: zipfile
-    does. Raises OSError if it cannot be read now, which says nothing of what it holds."""
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a file of tensors and plain values, on the CPU; nothing in it is run.
+    Raises CheckpointError if it is missing, damaged or holds more; OSError if it cannot be read now."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
     with refusing(path):
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{damaged} does not match its checksum")
+        if zipfile.is_zipfile(path):  # torch.load compares no checksums
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     return state
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """last.pt, or previous.pt where that is damaged and so put aside; None if there never was one."""
-    for path in filter(Path.exists, (folder / "last.pt", folder / "previous.pt")):
-        try:
-            load_checkpoint(path)
-            return path
-        except CheckpointError as error:
-            print(f"WARNING: {error}; it is now called {path.stem}.damaged", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
-    if any(folder.glob("*.damaged")):
-        raise CheckpointError(f"no checkpoint in {folder} can be read: restore one or choose another folder")
-    return None
-
-
-def read_pretrained(path: str | os.PathLike) -> dict:
+def read_pretrained(path: str | Path) -> dict:
     """What a checkpoint holds: `network`, `student` and `teacher` or `classifier` and `head`; and its `path`.
-    A run folder (its best.pt or else last.pt) or a .pt file; extras/released.py reads what is not of this
-    project: released fairseq files and Hugging Face folders. Raises CheckpointError."""
-    candidates = [os.path.join(path, name) for name in ("best.pt", "last.pt")]
-    path = next(filter(os.path.isfile, candidates), os.fspath(path))
+    Takes a run folder (its best.pt or else last.pt) or a .pt file. extras/released.py reads those of others:
+    released fairseq files and Hugging Face folders. Raises CheckpointError."""
+    for name in ("best.pt", "last.pt"):
+        if os.path.isfile(os.path.join(path, name)):
+            path = os.path.join(path, name)
+            break
     state = {}
     if os.path.isfile(path):
-        try:
+        with contextlib.suppress(CheckpointError):  # released files hold more than tensors
             state = load_checkpoint(path)
-        except CheckpointError as error:
-            if "malicious" not in str(error):  # as of released files, whose settings are pickled objects
-                raise
     if "network" not in state:
-        reader = Path(__file__).resolve().parent / "extras" / "released.py"
-        if not reader.exists():
-            raise CheckpointError(f"{path} is not of this project, and there is no {reader} to read it")
-        state = runpy.run_path(str(reader))["read_released"](path, state)
-    return state | dict(path=path)
+        try:
+            from extras.released import read_released
+        except ImportError:
+            raise CheckpointError(f"{path} is not of this project: extras/released.py is missing") from None
+        state = read_released(str(path), state)
+    state["path"] = path
+    return state
 
 
 def rebuild(cls: type[nn.Module], state: dict, part: str, prefix: str = "") -> nn.Module:
-    """The network that a checkpoint's `part` holds, behind `prefix`, in eval mode; or CheckpointError."""
+    """The network that a checkpoint's `part` holds, behind `prefix`, in eval mode. Raises CheckpointError."""
+    if not state.get(part):
+        raise CheckpointError(f"{state['path']} has no {part}: it is of another kind")
     with refusing(state["path"]):
-        weights = {k.removeprefix(prefix): v for k, v in state[part].items() if k.startswith(prefix)}
-        settings = state["head"] if part == "classifier" and not prefix else {}
         config = ModelConfig(**state["network"])
-        if not any(k.endswith("cls_token") and v.shape[-1] == config.width for k, v in weights.items()):
-            raise ValueError("its tensors are not as wide as it claims")
-        with torch.device("meta"):  # claimed sizes take no memory before tensors confirm them
+        settings = state["head"] if cls is AudioClassifier else {}
+        with torch.device("meta"):  # sizes that it only claims take no memory
             model = cls(config, **settings)
-        half = torch.float16, torch.bfloat16
-        weights = {name: w.float() if w.dtype in half else w for name, w in weights.items()}
+        weights = {}
+        for name, weight in state[part].items():
+            if name.startswith(prefix):
+                weights[name.removeprefix(prefix)] = weight.float()
         model.load_state_dict(weights, assign=True)
-        if not all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters()):
+        if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("its weights are not finite: its training has diverged")
     return model.eval()
 
@@ -489,5 +515,6 @@ if __name__ == "__main__":
     for name, config in MODELS.items():
         with torch.device("meta"):  # no memory, no arithmetic
             eat = EAT(config)
-        encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (eat.encoder, eat.decoder))
-        print(f"{name:6s} {encoder + decoder:>12,} parameters: encoder {encoder:,}, decoder {decoder:,}")
+        encoder = sum(p.numel() for p in eat.encoder.parameters())
+        decoder = sum(p.numel() for p in eat.decoder.parameters())
+        print(f"{name:6s} encoder {encoder:>12,} parameters, decoder {decoder:>10,}")

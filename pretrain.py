@@ -4,115 +4,105 @@
     python pretrain.py --data train.tsv --accumulate 4           one GPU, the paper's 48 clips in 4 parts
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv     the paper's setup
 
-The run folder `--out_dir` gets config.json, log.jsonl (a line every `--log_every` updates), bad_files.tsv,
-last.pt and the one before it, previous.pt; the same command started again goes on from there. What is random
-in update `step`, which counts completed ones, is drawn from (seed, step, clip): the run is the same for any
-number of processes, parts and workers. EAT_pretraining.py:364 is released code, cited as in model.py.
+The run folder `--out_dir` gets config.json, log.jsonl, bad_files.tsv, last.pt and the checkpoint before it,
+previous.pt. The same command started again goes on from there. What is random in update `step`, which counts
+completed updates, is drawn from (seed, step, clip): the run is the same for any number of processes. Read
+`train_step` and `train` first. Citations such as EAT_pretraining.py:364 as in model.py.
 """
 
 import copy
-import dataclasses
-import errno
-import fcntl
 import json
 import math
+import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from data import (
-    STOPPING, AudioDataset, Batch, ClipSampler, InputError, Labelled, build_loader, first_line, open_labelled,
-    read_lines, seed_of, spectrogram, write_lines,
+    AudioDataset, Batch, ClipSampler, InputError, build_loader, first_line, move, seed_of, spectrogram,
+    write_lines,
 )  # fmt: skip
 from evaluate import (
-    Above0, AtLeast0, Below1, Count, Frames, Number, UpTo1, Whole, accumulating, check_settings,
-    distribute, init_distributed, masked_std, parse_config, pick_precision, pooled, probe, run_script,
+    STOP, check_settings, distribute, gather, init_distributed, is_quiet, open_probe_sets, open_run_folder,
+    parse_config, pick_precision, pooled, probe, run_script, save_checkpoint, spread,
 )  # fmt: skip
-from masking import count_visible, flexible_block_mask, inverse_block_mask, visible_ids
-from model import (
-    EAT, MODELS, Encoder, ModelConfig, load_checkpoint, make_targets, newest_checkpoint, refusing,
-    save_checkpoint,
-)  # fmt: skip
+from masking import count_visible, inverse_block_mask, visible_ids
+from model import EAT, MODELS, Encoder, load_checkpoint, make_targets, refusing
 
 DEMO = Path(__file__).resolve().parent / "extras" / "demo"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """The rows of the paper's Table 4, with the released code's values where the paper has none or others."""
+class RunConfig:
+    """What pre-training and fine-tuning have in common."""
+
+    accumulate: int = 1  # parts that a process divides its clips into, to save memory
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    weight_decay: float = 0.05  # AdamW's, on everything (released code)
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile the networks
+    workers: int = 4  # loader threads of a process
+    seed: int = 1  # seed of everything random
+    log_every: int = 100  # updates between log lines
+    save_every: int = 10_000  # updates between checkpoints (released code)
+    save_minutes: float = 10.0  # minutes between checkpoints at most
+    max_bad_fraction: float = 0.05  # stop if more of the clips read than this cannot be used
+    max_skipped: int = 50  # stop after so many updates in a row whose gradient is not finite
+    timeout: float = 10.0  # minutes after which a process that hangs ends the job
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pre-training, paper Table 4, with the released code's values where the paper has none or others."""
 
     # Data and network
     data: str = ""  # manifest to train on (python extras/prepare.py scan makes one)
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
     model: Literal[*MODELS] = "base"  # base (ViT-B), large (ViT-L), small, demo or tiny: rows of model.MODELS
     init: str = ""  # start from the student and teacher of this pre-training checkpoint, own or released
-    clip_frames: Frames = 1024  # frames of 10 ms of a clip, a multiple of 16; shorter clips are padded
-    norm_mean: Number = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
-    norm_std: Above0 = 4.569  # their standard deviation; values are divided by twice this
-    min_samples: Whole = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
+    clip_frames: int = 1024  # frames of 10 ms of a clip, a multiple of 16; shorter clips are padded
+    norm_mean: float = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
+    norm_std: float = 4.569  # their standard deviation; values are divided by twice this
+    min_samples: int = 10_000  # shorter clips are left out (released code; samples at 16 kHz)
     # Masks
-    mask: Literal["block", "flexible"] = "block"  # flexible: a shape drawn for each clip
-    mask_ratio: Below1 = 0.8  # fraction of patches hidden from the student
-    mask_block_time: Count = 5  # size of a visible block in patches of 160 ms; 1 x 1: random masks
-    mask_block_freq: Count = 5  # size of a visible block in patches of 16 mel bins
-    mask_adjust: UpTo1 = 0.07  # extra area drawn to make up for overlapping blocks (released code)
-    clones: Count = 16  # masked copies of each clip
-    mask_noise: AtLeast0 = 0.01  # std of the noise that fills masked places for the decoder (released code)
+    mask_ratio: float = 0.8  # fraction of patches hidden from the student
+    mask_block_time: int = 5  # size of a visible block in patches of 160 ms; 1 x 1: random masks
+    mask_block_freq: int = 5  # size of a visible block in patches of 16 mel bins
+    mask_adjust: float = 0.07  # extra area drawn to make up for overlapping blocks (released code)
+    clones: int = 16  # masked copies of each clip
+    mask_noise: float = 0.01  # std of the noise that fills masked places for the decoder (released code)
     # Loss and teacher
-    utterance_weight: AtLeast0 = 192.0  # weight of the CLS loss; 192 is the released lambda = 1 (see README)
-    target_layers: Whole = 0  # average the teacher's last blocks, 0 = all
-    ema_decay: UpTo1 = 0.9998  # decay of the teacher at first (released code), rising linearly
-    ema_decay_end: UpTo1 = 0.99999  # decay of the teacher at last
-    ema_anneal: Count = 100_000  # updates until then, in proportion to --updates unless given
+    utterance_weight: float = 192.0  # weight of the CLS loss; 192 is the released lambda = 1 (see README)
+    target_layers: int = 0  # average the teacher's last blocks, 0 = all
+    ema_decay: float = 0.9998  # decay of the teacher at first (released code), rising linearly
+    ema_decay_end: float = 0.99999  # decay of the teacher at last
+    ema_anneal: int = 100_000  # updates until then, in proportion to --updates unless given
     # Optimisation
-    batch_size: Count = 48  # clips per update, over all processes
-    accumulate: Count = 1  # parts that a process divides its clips into, to save memory
-    updates: Count = 400_000  # length of the run; 400,000 are 10 epochs of AudioSet
-    lr: Above0 = 5e-4  # peak learning rate
-    min_lr: AtLeast0 = 0.0  # learning rate at both ends (the paper's table says 1e-6)
-    warmup: Whole = 53_333  # updates of linear warm-up, in proportion to --updates unless given; then cosine
-    beta1: Below1 = 0.9  # AdamW's decay of the mean gradient
-    beta2: Below1 = 0.95  # AdamW's decay of the mean squared gradient
-    weight_decay: AtLeast0 = 0.05  # AdamW's, on everything (released code)
-    clip_norm: Above0 = 4.0  # largest gradient norm (released code)
-    # The run
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
-    compile: bool = False  # torch.compile the networks
-    workers: Whole = 4  # loader processes of a training process, one for each core at most
-    log_every: Count = 100  # updates between log lines
-    save_every: Count = 10_000  # updates between checkpoints (released code)
-    save_minutes: Above0 = 10.0  # minutes between checkpoints at most
-    seed: Whole = 1  # seed of everything random
-    # When to stop
-    max_bad_fraction: UpTo1 = 0.05  # stop if more of the clips read than this cannot be used
-    max_skipped: Count = 50  # stop after so many updates in a row whose gradient is not finite
+    batch_size: int = 48  # clips per update, over all processes
+    updates: int = 400_000  # length of the run; 400,000 are 10 epochs of AudioSet
+    lr: float = 5e-4  # peak learning rate
+    min_lr: float = 0.0  # learning rate at both ends (the paper's table says 1e-6)
+    warmup: int = 53_333  # updates of linear warm-up, in proportion to --updates unless given; then cosine
+    clip_norm: float = 4.0  # largest gradient norm (released code), 0 = any
     stop_on_collapse: bool = False  # stop, rather than warn, when targets or predictions are nearly constant
-    timeout: Above0 = 10.0  # minutes after which a process that hangs ends the job
     # Probes
     probe_train: str = ""  # labelled manifest: fit probes of the frozen encoder, before and after training
     probe_test: str = ""  # labelled manifest to score them on
-    probe_every: Whole = 0  # also probe every so many updates, 0 = not
-
-    def __post_init__(self):
-        check_settings(self)
-
-    @property
-    def network(self) -> ModelConfig:
-        audio = dict(clip_frames=self.clip_frames, norm_mean=self.norm_mean, norm_std=self.norm_std)
-        return dataclasses.replace(MODELS[self.model], **audio)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return MODELS[self.model].grid(self.clip_frames)
+    probe_every: int = 0  # also probe every so many updates, 0 = not
 
 
 PRESETS = {
@@ -127,27 +117,28 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_step returns
-SHOWN = "step loss lr clips_per_s minutes_left probe_linear probe_knn mAP accuracy".split()  # on the console
-# What may change when a run goes on; all else makes it another experiment. Of `data` the digest may not
+# What may change when a run goes on. All else makes it another experiment, as do other clips in `data`
 MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every save_minutes max_bad_fraction
     max_skipped stop_on_collapse timeout probe_train probe_test probe_every""".split()
 
 
 # ----- One update ------------------------------------------------------------------------------------------
 
+LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_step returns
+
 
 def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
     """Learning rate after `step` updates: linear from min_lr, which the first update has, to peak, then
-    cosine back, as the released recipe (fairseq's cosine_lr_scheduler.py:71-146)."""
+    cosine back, as in the released recipe (fairseq's cosine_lr_scheduler.py:71-146)."""
     if step < warmup:
         return min_lr + (peak - min_lr) * step / warmup
-    return min_lr + (peak - min_lr) / 2 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
+    progress = (step - warmup) / (updates - warmup)
+    return min_lr + (peak - min_lr) / 2 * (1 + math.cos(math.pi * progress))
 
 
 def ema_decay(step: int, config: PretrainConfig) -> float:
     """Decay of the teacher after `step` updates: linear, then constant (EAT_pretraining.py:364-378)."""
-    fraction = min(step / config.ema_anneal, 1.0)
+    fraction = min(step / max(1, config.ema_anneal), 1.0)
     return config.ema_decay_end - (config.ema_decay_end - config.ema_decay) * (1 - fraction)
 
 
@@ -160,38 +151,40 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def draw_masks(config: PretrainConfig, step: int, device: torch.device) -> Tensor:
     """The masks of an update, (batch_size * C, N) bool: every process draws the same and takes its rows."""
     generator = torch.Generator(device).manual_seed(seed_of("masks", config.seed, step))
-    ratio, adjust, drawn = config.mask_ratio, config.mask_adjust, dict(generator=generator, device=device)
-    if config.mask == "flexible":
-        return flexible_block_mask(config.batch_size, config.clones, config.grid, ratio, adjust, **drawn)
-    block = config.mask_block_time, config.mask_block_freq
-    return inverse_block_mask(config.batch_size * config.clones, config.grid, ratio, block, adjust, **drawn)
+    n = config.batch_size * config.clones
+    grid = MODELS[config.model].grid(config.clip_frames)
+    block = (config.mask_block_time, config.mask_block_freq)
+    return inverse_block_mask(n, grid, config.mask_ratio, block, config.mask_adjust, generator, device)
 
 
 def draw_noise(config: PretrainConfig, step: int, clips: range, device: torch.device) -> Tensor:
     """What the decoder sees at masked places, for some clips of an update: (len(clips) * C, N, D)."""
-    (H, W), generator = config.grid, torch.Generator(device)
-    noise = torch.empty(len(clips), config.clones, H * W, MODELS[config.model].width, device=device)
-    for row, clip in zip(noise, clips):
-        generator.manual_seed(seed_of("noise", config.seed, step, clip))
-        row.normal_(std=config.mask_noise, generator=generator)
-    return noise.flatten(0, 1)
+    H, W = MODELS[config.model].grid(config.clip_frames)
+    shape = (config.clones, H * W, MODELS[config.model].width)
+    noise = []
+    for clip in clips:
+        generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, step, clip))
+        noise.append(torch.randn(shape, generator=generator, device=device))
+    return torch.cat(noise).mul_(config.mask_noise)
 
 
 def draw_parts(
     batches: Iterator[Batch], sampler: ClipSampler, config: PretrainConfig, step: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This process's parts of an update: (spec (B, 1, F, M), mask (B*C, N), noise (B*C, N, D))."""
-    masks = draw_masks(config, step, device).unflatten(0, (config.batch_size, config.clones))
+    masks = draw_masks(config, step, device)                                        # (batch_size*C, N)
     for part in range(config.accumulate):
-        waveform, n_samples = (x.to(device, non_blocking=True) for x in next(batches)[:2])
+        batch = next(batches)
+        waveform = move(batch.waveform, device)                                     # (B, S)
+        n_samples = move(batch.n_samples, device)                                   # (B,)
         spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)  # (B, 1, F, M)
         clips = sampler.rows(part)
-        mask = masks[clips.start : clips.stop].flatten(0, 1)                        # (B*C, N)
+        mask = masks[clips.start * config.clones : clips.stop * config.clones]      # (B*C, N)
         yield spec, mask, draw_noise(config, step, clips, device)
 
 
 def train_step(
-    model: nn.Module, teacher: Encoder, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    model: nn.Module, teacher: Encoder, optimizer: Optimizer, scaler: GradScaler,
     parts: Iterable[tuple[Tensor, Tensor, Tensor]], step: int, config: PretrainConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of student and teacher; `model` is the student EAT or the DistributedDataParallel around it.
@@ -199,107 +192,31 @@ def train_step(
     grad_norm (before clipping), and of the last part pred, targets, mask. Nothing here waits for the GPU."""
     student = getattr(model, "module", model)
     optimizer.param_groups[0]["lr"] = cosine_lr(step, config.lr, config.warmup, config.updates, config.min_lr)
-    losses, share = 0.0, 1 / config.accumulate
+    losses = 0.0
     for i, (spec, mask, noise) in enumerate(parts, start=1):
-        with accumulating(model, i < config.accumulate):
-            with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
-                with torch.no_grad():
-                    targets = make_targets(teacher.ffn_outputs(spec)[-config.target_layers :])  # (B, N, D)
-                ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))   # (B*C, V)
-                out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
-            scaler.scale(share * out["loss"]).backward()
-        losses += share * torch.stack([out["loss"].detach(), out["loss_frame"], out["loss_utterance"]])
+        if dist.is_initialized():  # average gradients over processes in the last part only
+            model.require_backward_grad_sync = i == config.accumulate
+        with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
+            with torch.no_grad():
+                ffn_outputs = teacher.ffn_outputs(spec)                                     # L x (B, N, D)
+                targets = make_targets(ffn_outputs[-config.target_layers :])                # (B, N, D)
+            ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))   # (B*C, V)
+            out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
+        scaler.scale(out["loss"] / config.accumulate).backward()
+        part_losses = [out["loss"].detach(), out["loss_frame"], out["loss_utterance"]]
+        losses = losses + torch.stack(part_losses) / config.accumulate
     grad_norm = descend(optimizer, scaler, student, config.clip_norm)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
-    return dict(zip(LOGGED, (*losses, grad_norm)), pred=out["pred"], targets=targets, mask=mask)
-
-
-# ----- Pre-training ----------------------------------------------------------------------------------------
-
-
-def open_inputs(config: PretrainConfig) -> tuple[AudioDataset, list[Labelled], EAT, Encoder]:
-    """Check the settings against one another, and open what they name: data, probe sets, student, teacher."""
-    try:
-        draw_masks(dataclasses.replace(config, batch_size=1, clones=1), 0, torch.device("cpu"))  # may raise
-        torch.manual_seed(config.seed)
-        student = EAT(config.network)
-    except ValueError as error:
-        raise InputError(f"--clip_frames, --mask...: {error}") from None
-    if config.target_layers > student.config.depth:
-        raise InputError(f"--target_layers is above the {student.config.depth} blocks of {config.model}")
-    if bool(config.probe_train) != bool(config.probe_test):
-        raise InputError("probes need both --probe_train and --probe_test")
-    data, sets = AudioDataset(config.data, config.clip_frames, config.min_samples).checked(), []
-    for source in filter(None, (config.probe_train, config.probe_test)):
-        sets.append(open_labelled(source, config.clip_frames, sets[0].classes if sets else None))
-    teacher = copy.deepcopy(student.encoder)
-    if config.init:
-        with refusing(config.init):  # it may be of another size
-            for own, initial in zip((student, teacher), EAT.from_pretrained(config.init)):
-                own.load_state_dict(initial.state_dict())
-    return data, sets, student, teacher
-
-
-def train(config: PretrainConfig) -> int:
-    """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
-    run = Run(config)
-    data, probe_sets, student, teacher = open_inputs(config)
-    student.to(run.device).train()
-    teacher.to(run.device).eval().requires_grad_(False)
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(student.parameters(), 0.0, betas, weight_decay=decay, fused=True)
-
-    # Resume: weights and optimizer from the newest checkpoint, clips from its update on
-    saved = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
-    start = run.resume(saved, MAY_CHANGE, data_digest=data.digest())["step"]
-    place = (run.rank, run.world, config.accumulate)
-    sampler = ClipSampler(len(data), config.batch_size, config.seed, start, *place)
-    n_short = len(data.too_short)
-    run.say(f"model {config.model}; data {data.source}, {len(data):,} pieces, {n_short} clips too short")
-
-    # Speed: compile in place, so that names of parameters stay; average gradients over processes
-    if config.compile:
-        student.compile()
-        teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
-    model, batches = distribute(student), run.batches(data, sampler)
-
-    def run_probe(step: int) -> None:
-        if probe_sets:
-            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where training shows most
-            run.log(step=step, **probe(function, config.network, *probe_sets, run.device, **run.loading))
-
-    for step in run.steps(start, network=asdict(config.network)):
-        if step == 0 or (config.probe_every and step % config.probe_every == 0):
-            run_probe(step)
-        parts = draw_parts(batches, sampler, config, step, run.device)
-        out = train_step(model, teacher, optimizer, run.scaler, parts, step, config, run.amp)
-        run.history.append({name: out[name] for name in LOGGED})
-        step += 1  # from here on: completed updates
-        if step == 1 or step % config.log_every == 0 or step == config.updates:
-            times_masked = out["mask"].unflatten(0, (-1, config.clones)).sum(1)  # (B, N)
-            target_std = masked_std(out["targets"].flatten(0, 1), times_masked.flatten())
-            pred_std = masked_std(out["pred"].flatten(0, 1), out["mask"].flatten())
-            run.log_training(
-                step, epoch=step * config.batch_size / len(data), target_std=target_std, pred_std=pred_std,
-                lr=optimizer.param_groups[0]["lr"], ema_decay=ema_decay(step, config),
-            )  # fmt: skip
-            if step > config.warmup and (target_std < 0.1 or pred_std < 0.01):  # the released code's defaults
-                run.complain("the features have collapsed (see target_std)", stop=config.stop_on_collapse)
-    if not run.status:
-        run_probe(config.updates)
-        run.say(f"done: {config.updates} updates; weights and curves are in {run.out_dir}")
-    return run.status
-
-
-# ----- The frame of a run, for finetune.py too: folder, checkpoints, log, stop. Nothing of EAT below -------
+    logged = dict(zip(LOGGED, [*losses, grad_norm]))
+    return dict(**logged, pred=out["pred"], targets=targets, mask=mask)
 
 
 def descend(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, model: nn.Module, clip_norm: float
+    optimizer: Optimizer, scaler: GradScaler, model: nn.Module, clip_norm: float
 ) -> Tensor:
     """Clip the gradients and step, unless one of them is not finite; returns their norm before clipping."""
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
     optimizer.found_inf = (~grad_norm.isfinite()).float()  # where 1, fused AdamW leaves the weights alone
     scaler.step(optimizer)
     scaler.update()
@@ -307,193 +224,296 @@ def descend(
     return grad_norm
 
 
-def trim_log(path: Path, start: int) -> None:
-    """Drop what was half-written, and what comes again: losses after update `start`, scores from it on."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    records = [(line, json.loads(line)) for line in lines if line.endswith("}") and line.rfind("{") == 0]
-    write_lines(path, [line for line, r in records if r["step"] < start + ("loss" in r)])
+# ----- A run -----------------------------------------------------------------------------------------------
+
+
+def train(config: PretrainConfig) -> int:
+    """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
+    run = Run(config)
+    device = run.device
+
+    # Clips to learn from, and labelled ones to probe what has been learned
+    data = AudioDataset(config.data, config.clip_frames, config.min_samples)
+    probe_sets = ()
+    if config.probe_train or config.probe_test:
+        probe_sets = open_probe_sets(config.probe_train, config.probe_test, config.clip_frames)
+
+    # Student and teacher
+    student, teacher = open_networks(config)
+    student.to(device)
+    teacher.to(device).eval().requires_grad_(False)
+    optimizer = run.optimizer(student.parameters())
+
+    # Go on from the newest checkpoint in the run folder, if there is one
+    run.parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
+    run.about = dict(network=asdict(student.config))
+    run.resume(MAY_CHANGE, data_digest=data.manifest.digest)
+    run.say(f"{config.data}: {len(data):,} pieces; {len(data.too_short)} clips are too short")
+    sampler = run.sampler(data)
+    batches = run.load(data, sampler)
+
+    # Speed: compile in place, so that names of parameters stay; average gradients over processes
+    if config.compile:
+        student.compile()
+        teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
+    model = distribute(student)
+
+    def run_probe(step: int) -> None:
+        if probe_sets:
+            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where training shows most
+            run.log(step=step, **probe(function, student.config, *probe_sets, device, **run.loading))
+
+    for step in run.steps():
+        if step == 0 or (config.probe_every and step % config.probe_every == 0):
+            run_probe(step)
+
+        parts = draw_parts(batches, sampler, config, step, device)
+        out = train_step(model, teacher, optimizer, run.scaler, parts, step, config, run.amp)
+        run.history.append(torch.stack([out[name] for name in LOGGED]))
+
+        step += 1  # from here on: completed updates
+        if step == 1 or step % config.log_every == 0 or step == config.updates:
+            mask = out["mask"]  # (B*C, N)
+            target_std = spread(out["targets"].repeat_interleave(config.clones, 0)[mask])
+            pred_std = spread(out["pred"][mask].float())
+            run.log_training(
+                step, LOGGED, epoch=step * config.batch_size / len(data), lr=optimizer.param_groups[0]["lr"],
+                ema_decay=ema_decay(step, config), target_std=target_std, pred_std=pred_std,
+            )  # fmt: skip
+            if step > config.warmup and (target_std < 0.1 or pred_std < 0.01):  # the released code's defaults
+                run.warn("the features have collapsed (see target_std)", config.stop_on_collapse)
+        run.save_or_stop(step)
+
+    if not run.stopped:
+        run_probe(config.updates)
+        run.say(f"done: {config.updates} updates; weights and curves are in {run.out_dir}")
+    return run.stopped
+
+
+def open_networks(config: PretrainConfig) -> tuple[EAT, Encoder]:
+    """Student and teacher as a run begins with them. Raises InputError for settings that do not fit."""
+    torch.manual_seed(config.seed)
+    audio = dict(clip_frames=config.clip_frames, norm_mean=config.norm_mean, norm_std=config.norm_std)
+    try:
+        draw_masks(config, 0, torch.device("cpu"))
+        student = EAT(replace(MODELS[config.model], **audio))
+    except ValueError as error:
+        raise InputError(f"--clip_frames, --mask...: {error}") from None
+    if config.target_layers > student.config.depth:
+        raise InputError(f"--target_layers is above the {student.config.depth} blocks of {config.model}")
+    teacher = copy.deepcopy(student.encoder)
+    if config.init:
+        initial = EAT.from_pretrained(config.init)
+        with refusing(config.init):  # it may be of another size
+            for own, other in zip((student, teacher), initial):
+                own.load_state_dict(other.state_dict())
+    return student, teacher
+
+
+# ----- Run: folder, checkpoints, log and end of a training, for finetune.py too; nothing of EAT below ------
+
+SHOWN = "step loss lr clips_per_s minutes_left probe_linear mAP accuracy".split()  # on the console
 
 
 class Run:
-    """What every training has. Rank 0 writes; all processes call `resume`, `steps` and `log_training`."""
+    """What every training has. The first process writes; all of them call resume, log_training and steps."""
 
-    def __init__(self, config, growth_interval: int = 4096):
-        self.config, self.out_dir = config, Path(config.out_dir)
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.out_dir = Path(config.out_dir)
         self.rank, self.world, self.device = init_distributed(config.timeout)
+        self.amp = pick_precision(config.amp, self.device)
+        is_fp16 = self.amp == torch.float16
+        self.scaler = GradScaler(self.device.type, 128.0, growth_interval=4096, enabled=is_fp16)
+        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: before others give up
+        self.settings = {}
+        self.parts = {}  # what a checkpoint holds: networks, optimizer ...
+        self.about = {}  # and plain values
+        self.lock = None
+        self.start = 0  # updates that were made before this process started
+        self.status = 0  # of this process: above 0 to stop
+        self.reason = "another process stops"
+        self.stopped = 0  # of all processes: the exit status
+        self.history = []  # of each update since the last log line: losses and gradient norm
+        self.problems = []  # clips read since then that cannot be used: file and reason
+        self.waited = 0.0  # seconds for clips since the last log line
+        self.n_bad = 0  # clips since the start
+        self.n_skipped = 0  # updates in a row without a finite gradient
+        self.logged_at = 0.0
+        self.saved_at = time.monotonic()
         if not config.data:
             raise InputError("--data is missing: a manifest (python extras/prepare.py scan makes one)")
         if config.batch_size % (self.world * config.accumulate):
             parts = f"{self.world} processes x {config.accumulate} (--accumulate)"
             raise InputError(f"--batch_size {config.batch_size} does not divide by {parts}")
-        self.precision, self.amp = pick_precision(config.amp, self.device)
-        scaling = dict(growth_interval=growth_interval, enabled=self.precision == "fp16")
-        self.scaler = torch.amp.GradScaler(self.device.type, 2.0**7, **scaling)  # as released
-        self.loading = dict(workers=config.workers, timeout=0.9 * 60 * config.timeout)  # s; before others do
-        self.status, self.reason = 0, ""  # exit status, above 0 to stop; and why
-        self.history, self.n_skipped, self.n_read, self.n_bad, self.bad = [], 0, 0, 0, set()
-        self.begun, self.seconds, self.waited, self.saved = 0.0, 0.0, 0.0, time.monotonic()
 
-    def resume(self, parts: dict, may_change: list[str], **digests: str) -> dict:
-        """Open the run folder; its newest checkpoint goes into `parts` and is returned. Raises InputError."""
-        self.parts, self.settings = parts, asdict(self.config) | digests | dict(amp=self.precision)
-        shared = [self.open_folder() if self.rank == 0 else None, self.settings]
-        if self.world > 1:
-            dist.broadcast_object_list(shared)
-        path, settings = shared
-        if settings != self.settings:
-            raise InputError(f"process {self.rank} has other settings, data or precision than the first")
-        state = load_checkpoint(path) if path else dict(step=0, settings=settings)
-        old = state.get("settings", {})
-        if changed := [k for k in settings | old if k not in may_change and old.get(k) != settings.get(k)]:
-            diff = "; ".join(f"{k} was {old.get(k)}, now {settings.get(k)}" for k in changed)
-            more = f"; to go on, --init {self.out_dir}" if "updates" in changed and "teacher" in parts else ""
-            raise InputError(f"{self.out_dir} has other settings ({diff}): choose another --out_dir{more}")
-        with refusing(path):
-            for name, part in parts.items() if path else ():  # a new run loads nothing
-                part.load_state_dict(state[name])
+    def optimizer(self, parameters: Iterable) -> AdamW:
+        betas = (self.config.beta1, self.config.beta2)
+        return AdamW(parameters, 0.0, betas, weight_decay=self.config.weight_decay, fused=True)
+
+    def sampler(self, data: AudioDataset, weights: Tensor | None = None, epoch_items: int = 0) -> ClipSampler:
+        """This process's share of the clips of every update, from the next one on."""
+        c = self.config
+        share = (self.start, self.rank, self.world, c.accumulate)
+        return ClipSampler(len(data), c.batch_size, c.seed, *share, weights, epoch_items)
+
+    def resume(self, may_change: list[str], **digests: str) -> dict:
+        """Open the run folder, load its newest checkpoint into `parts`, and return it. Raises InputError."""
+        self.settings = asdict(self.config) | digests | dict(amp=str(self.amp))
+        path = None
         if self.rank == 0:
-            write_lines(self.out_dir / "config.json", [json.dumps(settings, indent=1)])
-        begin = f"resuming at update {state['step']}" if path else "starting"
-        self.say(f"{begin} in {self.out_dir}: {self.world} x {self.device.type}, {self.precision}")
+            path, self.lock = open_run_folder(self.out_dir)
+        shared = gather([(path, self.settings)])
+        if any(settings != self.settings for _, settings in shared):
+            raise InputError("the processes have different settings, data or precision")
+        path = shared[0][0]
+        state = dict(step=0, log_size=0)
+        if path:
+            state = load_checkpoint(path)
+            for name, value in self.settings.items():
+                old = state["settings"].get(name)
+                if old != value and name not in may_change:
+                    change = f"{name} was {old}, now {value}"
+                    raise InputError(f"{self.out_dir} is another run ({change}): choose another --out_dir")
+            with refusing(path):
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+        self.start = state["step"]
+        self.say(f"{self.out_dir}, from update {self.start}: {self.world} x {self.device.type}, {self.amp}")
+        if self.rank == 0:
+            write_lines(self.out_dir / "config.json", [json.dumps(self.settings, indent=1)])
+            with open(self.out_dir / "log.jsonl", "a") as log:  # what follows the checkpoint is logged again
+                log.truncate(min(log.tell(), state["log_size"]))
         return state
 
-    def open_folder(self) -> Path | None:
-        """Make the run folder and lock it as long as this process lives; returns its newest checkpoint."""
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in self.out_dir.iterdir()}
-        if names and not names & {"lock", "config.json"}:
-            raise InputError(f"{self.out_dir} is not empty and holds no run: choose another --out_dir")
-        self.lock = open(self.out_dir / "lock", "w")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(f"another process is running in {self.out_dir}: wait for it") from None
-            self.complain(f"no locks in {self.out_dir}: see that one process runs in it", stop=False)
-        return newest_checkpoint(self.out_dir)
-
-    def batches(self, data: AudioDataset, sampler: ClipSampler) -> Iterator[Batch]:
-        """The sampler's batches; takes note of the time, and of the clips that cannot be used."""
-        short = (data.manifest.fields(line)[0] for line in data.too_short.tolist())
-        self.bad |= {f"{name}\tshorter than --min_samples {self.config.min_samples}" for name in short}
-        loader = build_loader(data, sampler, pin_memory=self.device.type == "cuda", **self.loading)
-        while True:
-            begin = time.perf_counter()
-            self.begun = self.begun or begin
-            batch = next(loader)
-            self.waited += time.perf_counter() - begin
-            bad = [problem for problem in batch.problems if problem]
-            self.n_read, self.n_bad = self.n_read + len(batch.items), self.n_bad + len(bad)
-            self.bad.update(bad)
-            yield batch
-
-    def steps(self, start: int, **plain) -> Iterator[int]:
-        """Yields the number of completed updates, from `start` on; the loop's body makes the next. Then all
-        processes agree whether to stop, and a checkpoint, with the values `plain` too, is written if due."""
-
-        def on_signal(number: int, _) -> None:
-            signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
-            self.status = 128 + number  # as in shells; above 128 the run is saved first
-            self.reason = f"stopped by {signal.Signals(number).name}; the same command goes on"
-
-        self.plain, updates, save_every = plain, self.config.updates, self.config.save_every
-        if self.rank == 0:
-            trim_log(self.out_dir / "log.jsonl", start)
-        before = {number: signal.signal(number, on_signal) for number in STOPPING}
-        agreed, is_quiet = torch.tensor(0), self.rank > 0 or None  # None: off without a terminal
-        for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet):
+    def steps(self) -> Iterator[int]:
+        """The numbers of the updates to make, until all are made or the processes agree to stop."""
+        STOP.handle(STOP.note)
+        start = self.start
+        updates = self.config.updates
+        self.logged_at = time.perf_counter()
+        for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet()):
             begin = time.perf_counter()
             yield step
-            agreed.fill_(self.status)
-            if self.world > 1:
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)  # on the CPU: never waits for the GPU
-            now, n_left = time.perf_counter(), updates - step - 1  # after it: here the slowest is waited for
-            self.seconds, self.begun = self.seconds + now - self.begun, 0.0
             if step == start + 2:  # the first ones are slower
-                days = min(1e5, n_left * (now - begin) / 86_400)
-                end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + 86_400 * days))
-                advice = f"\n{days:.0f} days: did you mean --preset demo, --model small?" if days > 3 else ""
-                self.say(f"an update takes {now - begin:.2f} s: {n_left:,} more until {end}{advice}")
-            is_time = time.monotonic() > self.saved + 60 * self.config.save_minutes
-            if is_time or (step + 1) % save_every == 0 or step + 1 == updates or agreed > 128:
-                self.save("last.pt", step + 1)
-            if agreed:
-                self.say(f"update {step + 1}: {self.reason or 'another process stops'}", sys.stderr)
+                took = time.perf_counter() - begin
+                self.say(f"an update takes {took:.2f} s: {took * (updates - step) / 3600:.1f} hours to go")
+            if self.stopped:
+                self.say(f"update {step + 1}: {self.reason}")
                 break
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if self.status > 128 and not agreed:  # it came after the last agreement: there is no update to finish
-            signal.raise_signal(self.status - 128)
-        self.status = int(agreed)
+        STOP.handle(signal.SIG_DFL)
 
-    def complain(self, problem: str, stop: bool = True) -> None:
+    def save_or_stop(self, step: int) -> None:
+        """Let the processes agree whether to stop (sets `stopped`); save if they do, or if it is time."""
+        if STOP.number:
+            self.status = 128 + STOP.number  # as in shells
+            self.reason = f"stopped by {signal.Signals(STOP.number).name}; the same command goes on"
+        status = torch.tensor(self.status)
+        if self.world > 1:
+            dist.all_reduce(status, dist.ReduceOp.MAX)  # on the CPU: does not wait for the GPU
+        self.stopped = int(status)
+        config = self.config
+        is_time = time.monotonic() > self.saved_at + 60 * config.save_minutes
+        if is_time or step % config.save_every == 0 or step == config.updates or self.stopped > 128:
+            self.save("last.pt", step, self.parts)
+            self.saved_at = time.monotonic()
+
+    def warn(self, problem: str, stop: bool = False) -> None:
         """Warn of a problem or, to `stop`, end the run after this update with exit status 1."""
         self.say(f"WARNING: {problem}")
         if stop and not self.status:
-            self.status, self.reason = 1, problem
+            self.status = 1
+            self.reason = problem
 
-    def say(self, text: str, file=None) -> None:
+    def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text, file=file)
+            tqdm.write(text)
 
-    def save(self, name: str, step: int, **parts) -> Path | None:
-        """Write a checkpoint, if rank 0 can: a full disk costs the checkpoint, not the run before its end."""
+    def save(self, name: str, step: int, parts: dict) -> bool:
+        """Write a checkpoint, and return if that worked: on a full disk the run goes on without it."""
         if self.rank > 0:
-            return None
-        state = dict(step=step, settings=self.settings, **self.plain)
-        state |= {name: part.state_dict() for name, part in (parts or self.parts).items()}
-        self.saved = self.saved if parts else time.monotonic()  # a best.pt is none to go on from
+            return True
+        state = dict(step=step, settings=self.settings, **self.about)
+        state["log_size"] = os.path.getsize(self.out_dir / "log.jsonl")
+        for key, part in parts.items():
+            state[key] = part.state_dict()
         try:
-            return save_checkpoint(self.out_dir / name, **state)
+            save_checkpoint(self.out_dir / name, **state)
         except (OSError, RuntimeError) as error:
-            problem = f"could not save update {step} in {self.out_dir} ({first_line(error)})"
-            if step == self.config.updates or self.status:
-                raise InputError(f"{problem}, the last checkpoint stands") from None
-            self.complain(f"{problem}, the run goes on", stop=False)
+            problem = f"could not save update {step} in {self.out_dir}: {first_line(error)}"
+            if step == self.config.updates or self.stopped:
+                raise InputError(problem) from None
+            self.warn(problem)
+            return False
+        return True
 
-    def log_training(self, step: int, **more) -> None:
-        """Log the means of `history` over all processes since the last such line; stop a run that is ill."""
-        names, c = list(self.history[0]), self.config
-        rows = torch.stack([torch.stack([numbers[name] for name in names]) for numbers in self.history])
-        sums, bad = torch.tensor([self.n_bad, self.n_read, self.waited]).double(), [self.bad] * self.world
+    def load(self, data: AudioDataset, sampler: ClipSampler) -> Iterator[Batch]:
+        """The sampler's batches; takes note of the time they took, and of clips that cannot be used."""
+        self.add("bad_files.tsv", data.too_short)
+        loader = build_loader(data, sampler, **self.loading)
+        while True:
+            begin = time.perf_counter()
+            batch = next(loader)
+            self.waited += time.perf_counter() - begin
+            self.problems += filter(None, batch.problems)
+            yield batch
+
+    def log_training(self, step: int, names: tuple[str, ...], **more) -> None:
+        """Log the means over the updates since the last line, of all processes; stop a run that is ill."""
+        config = self.config
+        rows = torch.stack(self.history)  # (updates, names)
         if self.world > 1:
-            dist.all_reduce(rows), dist.all_reduce(sums), dist.all_gather_object(bad, self.bad)
-        is_good, (n_bad, n_read, waited) = rows.isfinite().all(1), sums.tolist()
-        means = (rows[is_good].mean(0) / self.world).tolist() if is_good.any() else [None] * len(names)
-        seconds = self.seconds + time.perf_counter() - self.begun
-        self.write("bad_files.tsv", sorted(set().union(*bad)) if self.rank == 0 else [])
+            dist.all_reduce(rows)
+        is_finite = rows.isfinite().all(1)
+        means = [None] * len(names)
+        if is_finite.any():
+            means = (rows[is_finite].mean(0) / self.world).tolist()
+        problems = gather(self.problems)
+        self.n_bad += len(problems)
+        self.add("bad_files.tsv", sorted(set(problems)))
+        seconds = time.perf_counter() - self.logged_at
+        pace = seconds / len(rows)
         self.log(
-            step=step, **dict(zip(names, means)), **more, skipped=int((~is_good).sum()), bad_clips=int(n_bad),
-            clips_per_s=len(rows) * c.batch_size / seconds, step_ms=1000 * seconds / len(rows),
-            minutes_left=(c.updates - step) * seconds / len(rows) / 60,
-            data_wait=waited / self.world / seconds, gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+            step=step, **dict(zip(names, means)), **more, skipped=int((~is_finite).sum()),
+            bad_clips=self.n_bad, clips_per_s=config.batch_size / pace, data_wait=self.waited / seconds,
+            minutes_left=(config.updates - step) * pace / 60,
+            gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30,
         )  # fmt: skip
-        for good in is_good.tolist():
+        for good in is_finite.tolist():
             self.n_skipped = 0 if good else self.n_skipped + 1
-            if self.n_skipped == c.max_skipped:
-                self.complain(f"{c.max_skipped} updates in a row had no finite gradient (lower --lr)")
-        if n_read >= 100 and n_bad / n_read > c.max_bad_fraction:
-            share = f"{n_bad / n_read:.0%} of the clips"
-            self.complain(f"{share} cannot be used (--max_bad_fraction): see {self.out_dir}/bad_files.tsv")
-        self.history, self.bad = [], set()
-        self.begun, self.seconds, self.waited = time.perf_counter(), 0.0, 0.0
+            if self.n_skipped == config.max_skipped:
+                self.warn(f"{self.n_skipped} updates in a row had no finite gradient (lower --lr)", stop=True)
+        n_read = (step - self.start) * config.batch_size
+        if n_read >= 100 and self.n_bad / n_read > config.max_bad_fraction:
+            self.warn(f"{self.n_bad} of {n_read} clips cannot be used (--max_bad_fraction)", stop=True)
+        self.history = []
+        self.problems = []
+        self.waited = 0.0
+        self.logged_at = time.perf_counter()
 
     def log(self, **record) -> None:
         """Add a JSON line to log.jsonl, and print what people watch."""
-        if self.rank == 0:
-            self.write("log.jsonl", [json.dumps(record)])
-        shown = [(name, record[name]) for name in SHOWN if record.get(name) is not None]
-        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown))
+        self.add("log.jsonl", [json.dumps(record)])
+        shown = []
+        for name in SHOWN:
+            value = record.get(name)
+            if isinstance(value, float):
+                value = f"{value:.4g}"
+            if value is not None:
+                shown.append(f"{name} {value}")
+        self.say("  ".join(shown))
 
-    def write(self, name: str, lines: Iterable[str]) -> None:
+    def add(self, name: str, lines: list[str]) -> None:
         """Add the lines that are new to a file of the run folder; a full disk costs them, not the run."""
-        path = self.out_dir / name
+        if self.rank > 0 or not lines:
+            return
         try:
-            old = set(read_lines(path))
-            with open(path, "a", errors="surrogateescape") as file:
-                file.write("".join(f"{line}\n" for line in lines if line not in old))
+            with open(self.out_dir / name, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                old = set(file.read().split("\n"))
+                file.writelines(f"{line}\n" for line in lines if line not in old)
         except OSError as error:
-            self.complain(f"could not write to {path}: {error}", stop=False)
+            self.warn(f"could not write to {self.out_dir / name}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Tables of classes: read from AudioSet's and others' files, and written after an evaluation; AUC."""
+
+import csv
+import itertools
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import InputError, first_line
+from model import AudioClassifier
+
+
+def read_classes(path: str | os.PathLike) -> dict[str, str]:
+    """Label -> name of every class, in the file's order: AudioSet's class_labels_indices.csv, FSD50K's table,
+    the released label_descriptors.csv (index,label, without header), or a label a line. Raises InputError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = [line for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
+        rows = list(csv.reader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
+    header = ["index", "label"]
+    if rows and rows[0][0].strip() == "index":
+        header = [cell.strip() for cell in rows.pop(0)]
+    label = header.index("mid") if "mid" in header else 1
+    name = label
+    for title in ("display_name", "name"):
+        if title in header:
+            name = header.index(title)
+    if not all(len(row) > max(label, name) and row[0].isdecimal() for row in rows):  # a label a line
+        rows = [[line] for line in lines]
+        label = 0
+        name = 0
+    elif [int(row[0]) for row in rows] != list(range(len(rows))):
+        raise InputError(f"{path}: the indices of the classes do not count from 0")
+    classes = {row[label].strip(): row[name].strip() for row in rows}
+    if not classes or len(classes) < len(rows):
+        raise InputError(f"{path}: expected every class once, found {len(classes)} in {len(rows)} lines")
+    return classes
+
+
+def load_classifier(path: str, classes: str = "") -> AudioClassifier:
+    """A classifier; with `classes`, its classes have the names of that file. Raises InputError."""
+    model = AudioClassifier.from_pretrained(path)
+    if not classes:
+        return model
+    names = read_classes(classes)
+    own = model.classes
+    if names.keys() == own.keys():
+        model.classes = {label: names[label] for label in own}
+    elif "class 0" in own and len(names) == len(own):  # released files hold no labels
+        model.classes = names
+    else:
+        raise InputError(f"{classes} does not list the {len(own)} classes of {path}, {next(iter(own))} ...")
+    return model
+
+
+def write_table(path: Path, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
+    """Write the average precision of each class, to a name that is not taken. If that is not possible, say so."""
+    rows = [("label", "name", "clips", "average_precision")]
+    for (label, name), count, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
+        rows.append((label, name, count, f"{value:.6f}"))
+    folder = path.parent
+    stem = path.stem
+    for number in itertools.count(2):  # a second evaluation leaves the table of the first alone
+        if not path.exists():
+            break
+        path = folder / f"{stem}{number}.csv"
+    try:
+        with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows(rows)
+        print(f"each class: {path}", file=sys.stderr)
+    except OSError as error:
+        print(f"WARNING: no table of classes ({error}): --out names another place", file=sys.stderr)
+
+
+def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
+    """Area under the ROC curve of each class: (n, C), (n, C) -> (C,) float64; nan if all targets are equal.
+    The share of pairs of a positive and a negative in which the positive scores higher; ties count half."""
+    result = []
+    for score, target in zip(scores.T, targets.bool().T):
+        negatives = score[~target].sort().values
+        below = torch.searchsorted(negatives, score[target])                  # negatives that score lower
+        not_above = torch.searchsorted(negatives, score[target], right=True)  # and those that score the same
+        result.append((below + not_above).double().mean() / 2 / len(negatives))
+    return torch.stack(result)
