@@ -17,8 +17,9 @@ import torch
 
 import finetune
 import pretrain
-from evaluate import parse_config, run_script
-from model import MODELS, AudioClassifier, save_checkpoint
+from data import InputError, first_line
+from evaluate import parse_config, save_checkpoint
+from model import MODELS, AudioClassifier, CheckpointError
 
 if "TEST_GPU" not in os.environ:  # bits and tolerances are a CPU's; TEST_GPU=1 pytest -k "gpu or cuda"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -96,9 +97,14 @@ def called(tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_script(module.main)
-        result = subprocess.CompletedProcess(sys.argv, end.value.code, *capfd.readouterr())
+        try:
+            status = module.main()
+        except (InputError, CheckpointError, OSError) as error:  # as evaluate.run_script
+            print(f"{Path(module.__file__).name}: {first_line(error)}", file=sys.stderr)
+            status = 1
+        except SystemExit as end:  # --help
+            status = end.code or 0
+        result = subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 
@@ -112,15 +118,17 @@ def in_process(module, config, folder, monkeypatch):
     in the processes that `script` starts.
     """
     monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
 
     def run(*args) -> int:
-        torch.set_num_threads(1)
         try:
             return module.train(parse_config(config, module.PRESETS, [*map(str, args)]))
         finally:
             gc.collect()  # lets go of the run's lock
-            torch.set_num_threads(threads)
+            torch.set_num_threads(1)
+            for name, handler in handlers.items():
+                signal.signal(getattr(signal, name), handler)
 
     return run
 
