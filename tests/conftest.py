@@ -1,14 +1,17 @@
 """Fixtures shared by the tests: small audio files made from a formula, and a quick way to run a script."""
 
+import atexit
+import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ import torch
 import finetune
 import pretrain
 from data import InputError, first_line
-from evaluate import parse_config, save_checkpoint
+from evaluate import STOP, parse_config, save_checkpoint
 from model import MODELS, AudioClassifier, CheckpointError
 
 if "TEST_GPU" not in os.environ:  # bits and tolerances are a CPU's; TEST_GPU=1 pytest -k "gpu or cuda"
@@ -49,40 +52,90 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def starter():
-    """The process that starts scripts: see starter.py."""
+class Script:
+    """A script of the project in a process of its own, which starter.py starts at once; under torchrun if there
+    are to be several. Output goes to the files `out` and `err`."""
+
+    def __init__(self, command: list, folder: Path, out: Path, err: Path, processes: int = 1, **environment):
+        argv = list(map(str, command))
+        if processes > 1:
+            argv = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *argv]
+        env = os.environ | environment
+        self.pid = ask_starter(argv=argv, cwd=str(folder), env=env, out=str(out), err=str(err))
+        self.status = None
+
+    def poll(self) -> int | None:
+        """Its exit status, or minus the signal that ended it; None while it runs."""
+        if self.status is None:
+            self.status = ask_starter(pid=self.pid)
+        return self.status
+
+    def wait(self, seconds: float = 300) -> int:
+        """Wait for its end. Raises TimeoutError."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"a script still runs after {seconds} s")
+            time.sleep(0.01)
+        return self.status
+
+    def kill(self) -> None:
+        """SIGKILL to it and its children, which would survive torchrun. Returns when they are gone."""
+        pids = [self.pid, *children(self.pid)]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while self.poll() is None or any(map(is_running, pids)):
+            time.sleep(0.01)
+
+
+def ask_starter(**request):
+    """Let the process of starter.py do something; returns its answer."""
+    process = start_starter()
+    print(json.dumps(request), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+
+@functools.cache
+def start_starter() -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tests" / "starter.py")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes) as process:
-        yield process
-        process.stdin.close()
+    process = subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes)
+    atexit.register(process.stdin.close)  # then it ends
+    return process
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of the children of a process, in the order in which they were started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has just ended
+        return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 @pytest.fixture
-def script(tmp_path, starter):
+def script(tmp_path):
     """Runs a script of the project in tmp_path: script("evaluate.py", "run", ...) -> CompletedProcess."""
 
     def run(
         name: str, *args, processes: int = 1, check: bool = True, **environment
     ) -> subprocess.CompletedProcess:
-        env = os.environ | environment
-        command = [str(ROOT / name), *map(str, args)]
-        if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [sys.executable, *torchrun, *command]
-            run = dict(cwd=tmp_path, env=env, text=True, capture_output=True, timeout=600)
-            result = subprocess.run(command, **run)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                out, err = Path(folder, "out"), Path(folder, "err")
-                request = dict(argv=command, cwd=str(tmp_path), env=env, out=str(out), err=str(err))
-                print(json.dumps(request), file=starter.stdin, flush=True)
-                if not select.select([starter.stdout], [], [], 600)[0]:
-                    os.killpg(starter.pid, signal.SIGKILL)
-                    raise TimeoutError(" ".join(command))
-                status, texts = int(starter.stdout.readline()), (out.read_bytes(), err.read_bytes())
-            result = subprocess.CompletedProcess(command, status, *(text.decode() for text in texts))
+        command = [ROOT / name, *args]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "out")
+            err = Path(folder, "err")
+            status = Script(command, tmp_path, out, err, processes, **environment).wait(600)
+            texts = [path.read_bytes().decode() for path in (out, err)]
+            result = subprocess.CompletedProcess(command, status, *texts)
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 
@@ -127,6 +180,7 @@ def in_process(module, config, folder, monkeypatch):
         finally:
             gc.collect()  # lets go of the run's lock
             torch.set_num_threads(1)
+            STOP.number = 0  # a test may have sent a signal
             for name, handler in handlers.items():
                 signal.signal(getattr(signal, name), handler)
 
