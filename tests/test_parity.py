@@ -16,7 +16,7 @@ import torch
 from conftest import DEVICES
 
 import pretrain
-from evaluate import masked_std
+from evaluate import spread
 from masking import count_visible, visible_ids
 from model import EAT, ModelConfig, make_targets, sincos_2d, ufo_loss
 from pretrain import PretrainConfig, train_step
@@ -89,7 +89,8 @@ def no_noise(mask, network):
 
 def run(golden, student, teacher, noise):
     c = golden["config"]
-    spec, mask = golden["spec"], golden["mask"]
+    spec = golden["spec"]
+    mask = golden["mask"]
     ids_keep = visible_ids(mask, c["visible"])
     with torch.no_grad():
         targets = make_targets(teacher.ffn_outputs(spec))
@@ -98,7 +99,8 @@ def run(golden, student, teacher, noise):
 
 def assert_near(name, ours, theirs, relative):
     """Equal up to `relative` of the largest entry."""
-    ours, theirs = torch.as_tensor(ours).detach().cpu(), torch.as_tensor(theirs).cpu()
+    ours = torch.as_tensor(ours).detach().cpu()
+    theirs = torch.as_tensor(theirs).cpu()
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"\n{name}: {error:.1e} of the largest entry, {relative:.0e} allowed", end="")
     assert error <= relative, name
@@ -118,7 +120,8 @@ def test_visible_count(golden):
 
 
 def test_forward(golden, student, teacher):
-    spec, mask = golden["spec"], golden["mask"]
+    spec = golden["spec"]
+    mask = golden["mask"]
     ids_keep = visible_ids(mask, golden["config"]["visible"])
     with torch.no_grad():
         assert_near("visible tokens", student.encoder(spec, ids_keep), golden["encoder_out"], 1e-5)
@@ -151,9 +154,9 @@ def test_gradients(golden, student, teacher):
 def test_spread(golden, student, teacher):
     mask = golden["mask"]
     targets, out = run(golden, student, teacher, no_noise(mask, student.config))
-    weight = mask.view(len(targets), -1, mask.shape[1]).sum(1).flatten()
-    assert_near("target_std", masked_std(targets.flatten(0, 1), weight), golden["target_var"], 1e-5)
-    assert_near("pred_std", masked_std(out["pred"].flatten(0, 1), mask.flatten()), golden["pred_var"], 1e-5)
+    targets = targets.repeat_interleave(golden["config"]["clones"], 0)
+    assert_near("target_std", spread(targets[mask]), golden["target_var"], 1e-5)
+    assert_near("pred_std", spread(out["pred"][mask]), golden["pred_var"], 1e-5)
 
 
 @pytest.mark.parametrize("by_clip", [False, True])
@@ -207,8 +210,12 @@ def test_trajectory(golden, student, teacher, by_clip, monkeypatch):
 def test_ufo_loss_is_a_mean_over_rows_and_masked_patches():
     """Against loops, so that the weight of a clone or a clip does not depend on how many there are."""
     generator = torch.Generator().manual_seed(0)
-    B, C, N, D = 2, 3, 8, 5
-    pred, cls = torch.randn(B * C, N, D, generator=generator), torch.randn(B * C, D, generator=generator)
+    B = 2
+    C = 3
+    N = 8
+    D = 5
+    pred = torch.randn(B * C, N, D, generator=generator)
+    cls = torch.randn(B * C, D, generator=generator)
     targets = torch.randn(B, N, D, generator=generator)
     mask = torch.rand(B * C, N, generator=generator).argsort(1) < 6
     masked = [(r, n) for r in range(B * C) for n in range(N) if mask[r, n]]
