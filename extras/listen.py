@@ -2,21 +2,23 @@
 
     python extras/listen.py CKPT clip.mp3 folder/            a line a file: its three likeliest classes
     python extras/listen.py CKPT long.mp3 --timeline         what is heard when
+    python extras/listen.py CKPT folder/ --csv > found.csv   each detection: file, start, end, class, probability
     python extras/listen.py CKPT folder/ --features DIR      a .npz a file: cls, patches, frames, times
     python extras/listen.py CKPT x.tsv --features x.npz      a row a clip: features, labels, files
 
-CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights.
+CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as the
+network's clips and lie side by side, or overlap: with --hop 0.5, --timeline marks changes to half a second. Silent
+windows have no class, and damaged ones cost only themselves. --features goes on where it was stopped.
 """
 
 import argparse
-import contextlib
+import csv
 import json
-import os
+import math
 import signal
-import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,353 +29,478 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
-    AUDIO_SUFFIXES, FRAME_LENGTH, FRAME_SHIFT, MAX_SAMPLES, SAMPLE_RATE, SILENCE, AudioDataset, Clip,
-    InputError, check_peak, clip_samples, collate, open_audio, read_pieces, silence_libraries, spectrogram,
-    whole_rate,
+    FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, SILENCE, Clip, InputError, check_peak, clip_samples, collate,
+    spectrogram,
 )  # fmt: skip
-from evaluate import (  # noqa: E402
-    POOLINGS, init_distributed, load_classifier, pooled, predict, run_script, tokens_after,
+from evaluate import PROBE_POOLINGS, Parser, init_distributed, run_script  # noqa: E402
+from extras.features import (  # noqa: E402
+    Rows, collect_tokens, settings_of, summarize, tell_problem, write_features, write_manifest_features,
 )  # fmt: skip
+from extras.media import claimed_seconds, find_audio, stream  # noqa: E402
+from extras.tables import load_classifier  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
-# Of MPEG audio: kbit/s by the four bits in a frame's header, in MPEG 1 and in MPEG 2 and 2.5, each by layer;
-# and by the two bits of the version what divides its rate
-KBITS = {
-    1: range(32, 449, 32), 2: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-}  # fmt: skip
-KBITS_2 = {1: (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)}
-KBITS_2[2] = KBITS_2[3] = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-DIVISORS = {3: 1, 2: 2, 0: 4}
+SHORTEST_HOP = 0.01  # seconds: a frame
 
 
-def find_audio(folder: str | os.PathLike) -> list[Path]:
-    """Audio files below a folder, sorted; through links, but not in circles. Raises InputError if none."""
-    paths, seen = [], set()
-
-    def warn(error: OSError) -> None:
-        print(f"WARNING: {error.filename} cannot be opened: {error.strerror}", file=sys.stderr)
-
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder} is not a folder")
-    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
-        if os.path.realpath(where) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        paths += [Path(where, name) for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
-        for path in (os.path.join(where, name) for name in names if not os.path.splitext(name)[1]):
-            if not os.path.exists(path):  # it may have been a folder
-                warn(FileNotFoundError(2, "a link to nothing", path))
-    if not paths:
-        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
-    return sorted(paths)
-
-
-def mpeg_samples(path: str | os.PathLike, layer: int = 3) -> int:
-    """Samples that an mp3 holds, by the headers of its frames: the length it claims is often an estimate."""
-    data = Path(path).read_bytes()
-    size = data[6:10] if data[:3] == b"ID3" else b""
-    at, n_samples = (10 if size else 0) + sum(byte << 7 * (3 - i) for i, byte in enumerate(size)), 0
-    while 0 <= at <= len(data) - 4:
-        head = int.from_bytes(data[at : at + 4], "big")
-        version, kind, bits, rate = head >> 19 & 3, 4 - (head >> 17 & 3), head >> 12 & 15, head >> 10 & 3
-        if head >> 21 != 0x7FF or version == 1 or kind != layer or bits in (0, 15) or rate == 3:
-            at = data.find(b"\xff", at + 1)  # no frame: look for the next
-            continue
-        hz, slot = (44_100, 48_000, 32_000)[rate] // DIVISORS[version], 4 if layer == 1 else 1
-        length = 384 if layer == 1 else 576 if layer == 3 and version < 3 else 1152
-        n_samples += length
-        kbits = (KBITS if version == 3 else KBITS_2)[layer][bits - 1]
-        at += (length // 8 * 1000 * kbits // hz // slot + (head >> 9 & 1)) * slot
-    return n_samples
-
-
-def part_beyond(path: str | os.PathLike, form: str) -> float:
-    """What follows the chunks of a container and is none, as a part of the sound that it claims: sound that
-    the header leaves out, because its size wrapped at 4 GiB, or was not brought up to date."""
-    start, head = {"AIFF": (12, ">4sI"), "CAF": (8, ">4sQ")}.get(form, (12, "<4sI"))
-    size, at, sound, long = os.path.getsize(path), start, 0, 0
-    with open(path, "rb") as file:
-        if form == "AU":
-            at, sound = struct.unpack(">4xII", file.read(12))
-            at += sound
-        while form != "AU" and at + struct.calcsize(head) <= size:
-            file.seek(at)
-            name, length = struct.unpack(head, file.read(struct.calcsize(head)))
-            if form == "RF64" and name == b"ds64":
-                long = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
-            length = long if long and length == 2**32 - 1 else length
-            end = at + struct.calcsize(head) + length
-            if not all(32 <= byte < 127 for byte in name) or name in (b"RIFF", b"FORM") or end > size:
-                break
-            sound += length * (name in (b"data", b"SSND"))
-            at = end + (length % 2 if form != "CAF" else 0)
-    return max(0, size - at) / sound if sound else 0.0
-
-
-def count_samples(path: str | os.PathLike) -> int:
-    """Samples at 16 kHz that can be read from a file, which may claim more. Raises InputError if it cannot
-    be used, or holds more than it claims: that would be lost, because libsndfile stops there."""
-    with open_audio(path) as file:
-        n, rate, held = file.frames, file.samplerate, file.frames
-        if file.format == "MP3":
-            held = mpeg_samples(path, file.subtype.count("I"))  # MPEG_LAYER_III
-        elif file.format in ("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF"):
-            held += round(n * part_beyond(path, file.format))
-        if held > n * 1.02 + rate / 2:
-            raise InputError(f"claims {n / rate:.1f} s and holds {held / rate:.1f} s: convert it")
-        n = min(n, held)
-        if n >= MAX_SAMPLES * rate / SAMPLE_RATE:
-            raise InputError(f"claims {n / rate / 3600:.0f} hours: its header is wrong, convert it")
-        n_samples = n * SAMPLE_RATE // whole_rate(rate)
-        if not reaches(file, n - 1):  # read it, then
-            n_samples = min(n_samples, sum(map(len, read_pieces(path, 2**17, 2**17))))
-    if n_samples < FRAME_LENGTH:
-        raise InputError(f"too short: {n_samples / SAMPLE_RATE:.3f} s, a frame has 0.025 s")
-    return n_samples
-
-
-def reaches(file, frame: int) -> bool:
-    """Whether a frame of an open soundfile.SoundFile can be read."""
-    try:
-        file.seek(frame)
-        return len(file.read(1)) == 1
-    except Exception:  # whatever libsndfile and its wrapper make of a damaged file
-        return False
+# ----- Windows ---------------------------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
-    """A part of a file as long as the network's clip, and what the network makes of it."""
+    """A part of a file as long as the network's clip, and what the network makes of it. A window without length
+    tells what is wrong with the file as a whole."""
 
     begin: float  # seconds
     end: float  # of the sound; what follows is padding
-    output: np.ndarray | None  # None: silence
+    output: np.ndarray | None  # None: silence, or a problem
+    problem: str  # why it could not be heard, or ""
+
+
+class Piece(NamedTuple):
+    """The sound of a window that has not been heard yet."""
+
+    begin: int  # in samples
+    waveform: Tensor  # (S,)
+    problem: str
+
+
+def cut_into_pieces(path: Path, config: ModelConfig, hop: int) -> Iterator[Piece]:
+    """The windows of a file, one every `hop` samples, as long as each adds to those before it. Of the file's end
+    less than a patch may be left out. What is wrong with the file as a whole comes last, without sound."""
+    least = min(hop, clip_samples(config.patch_size) - FRAME_LENGTH)
+    begin = 0
+    end = 0  # of the windows so far
+    try:
+        for waveform, problem in stream(path, clip_samples(config.clip_frames), hop):
+            reach = begin + len(waveform)
+            if not len(waveform):
+                yield Piece(end, waveform, problem)
+            elif begin == 0 and len(waveform) < FRAME_LENGTH:
+                raise InputError(f"too short: {len(waveform) / SAMPLE_RATE:.3f} s, a frame has 0.025 s")
+            elif begin == 0 or reach - end >= least:
+                yield Piece(begin, waveform, problem or find_problem(waveform))
+                end = reach
+            begin += hop
+        if begin == 0:
+            raise InputError("too short: it holds no sound")
+    except InputError as error:
+        yield Piece(end, torch.empty(0), str(error))
+
+
+def find_problem(waveform: Tensor) -> str:
+    """Why this is no audio, or ""."""
+    try:
+        check_peak(waveform, allow_silence=True)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def is_silent(waveform: Tensor) -> bool:
+    """Whether nothing is left without the mean, which the network does not see."""
+    return bool((waveform - waveform.mean()).abs().max() < SILENCE)
+
+
+def apply(
+    function: Callable[[Tensor], Tensor], pieces: list[Piece], config: ModelConfig, device: torch.device
+) -> Iterator[Window]:
+    """What the network makes of a batch. Raises InputError if that is not finite."""
+    outputs = {}
+    heard = []
+    for i, piece in enumerate(pieces):
+        if len(piece.waveform) and not piece.problem and not is_silent(piece.waveform):
+            heard.append(i)
+    if heard:
+        clips = [Clip(pieces[i].waveform, i, "") for i in heard]
+        batch = collate(clips, config.clip_frames)
+        n_samples = batch.n_samples.to(device)
+        spec = spectrogram(batch.waveform.to(device), n_samples, config.norm_mean, config.norm_std)
+        values = function(spec).float().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise InputError("the network's outputs are not finite: its training has diverged")
+        outputs = dict(zip(heard, values))
+    for i, piece in enumerate(pieces):
+        end = piece.begin + len(piece.waveform)
+        yield Window(piece.begin / SAMPLE_RATE, end / SAMPLE_RATE, outputs.get(i), piece.problem)
 
 
 @torch.no_grad()
 def hear(
     function: Callable[[Tensor], Tensor], path: Path, config: ModelConfig, device: torch.device,
-    batch_size: int = 16,
-) -> tuple[list[Window], str]:  # fmt: skip
-    """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, side by side, the last as long as
-    there is sound: (windows, what is wrong with the file or ""). Of a long file only a batch is in memory."""
-    width, hop = clip_samples(config.clip_frames), config.clip_frames * FRAME_SHIFT
-    pieces, waiting, windows, problem, at_end = read_pieces(path, width, hop), [], [], "", False
-    form = dict(unit="s", delay=2, leave=False, disable=None)
-    bar = tqdm(total=round(claimed_seconds(path)), desc=path.name, **form)
-    while not at_end:
-        try:
-            piece = next(pieces)
-            check_peak(piece, allow_silence=True)
-            is_first = not windows and not waiting
-            if len(piece) >= (FRAME_LENGTH if is_first else config.patch_size * FRAME_SHIFT):
-                waiting.append(Clip(piece, 0, ""))
-        except (StopIteration, InputError) as error:
-            at_end, problem = True, str(error)
-        if waiting and (at_end or len(waiting) == batch_size):
-            waveform, n_samples, *_ = collate(waiting, config.clip_frames)
-            spec = spectrogram(waveform.to(device), n_samples.to(device), config.norm_mean, config.norm_std)
-            for clip, output in zip(waiting, function(spec).float().cpu().numpy()):
-                begin, is_silent = len(windows) * hop, clip.waveform.abs().max() < SILENCE
-                ends = (begin / SAMPLE_RATE, (begin + len(clip.waveform)) / SAMPLE_RATE)
-                windows.append(Window(*ends, None if is_silent else output))
-            waiting = []
-            bar.update(round(windows[-1].end) - bar.n)
-    bar.close()
-    if all(window.output is None for window in windows):
-        return [], problem or ("silent" if windows else "too short")
-    if not problem:
-        try:
-            count_samples(path)
-        except InputError as error:  # it holds more than can be read
-            return windows, str(error)
-    return windows, problem and f"{problem} (after {clock(windows[-1].end)})"
+    hop: float = 0.0, batch_size: int = 16,
+) -> Iterator[Window]:  # fmt: skip
+    """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds, by default side
+    by side. Only a batch is in memory. Silent windows and those with a problem have no output; what is wrong with
+    the file as a whole comes last, as a window without length. Raises InputError if outputs are not finite."""
+    batch = []
+    with tqdm(
+        desc=path.name, total=round(claimed_seconds(path)), unit="s", delay=2, leave=False, disable=None
+    ) as bar:
+        for piece in cut_into_pieces(path, config, hop_samples(config, hop)):
+            batch.append(piece)
+            if len(batch) == batch_size:
+                yield from apply(function, batch, config, device)
+                bar.update(piece.begin // SAMPLE_RATE - bar.n)
+                batch = []
+        yield from apply(function, batch, config, device)
 
 
-def claimed_seconds(path: Path) -> float:
-    """Length of a file as it says itself, 0 if it cannot be read."""
-    try:
-        with open_audio(path) as file:
-            return file.frames / file.samplerate
-    except InputError:
-        return 0.0
+def hop_samples(config: ModelConfig, hop: float) -> int:
+    """Samples from one window to the next. Raises InputError if some would be left out."""
+    side_by_side = config.clip_frames * FRAME_SHIFT
+    longest = side_by_side / SAMPLE_RATE
+    if hop and not SHORTEST_HOP <= hop <= longest:
+        raise InputError(f"--hop {hop}: choose {SHORTEST_HOP} to {longest} s, the length of a window")
+    return round(hop * SAMPLE_RATE) or side_by_side
+
+
+class Report:
+    """What is wrong with a file, by the windows that are heard of it."""
+
+    def __init__(self):
+        self.n_windows = 0
+        self.n_heard = 0
+        self.n_damaged = 0
+        self.first_damage = ""
+        self.whole = ""  # what is wrong with the file as a whole
+        self.seconds = 0.0  # length of what was read
+
+    def follow(self, windows: Iterable[Window]) -> Iterator[Window]:
+        """The windows that have a length, while they are counted."""
+        for window in windows:
+            if window.begin == window.end:
+                self.whole = window.problem
+                continue
+            self.n_windows += 1
+            self.n_heard += window.output is not None
+            self.seconds = window.end
+            if window.problem:
+                self.n_damaged += 1
+                self.first_damage = self.first_damage or window.problem
+            yield window
+
+    def problem(self) -> str:
+        """In one line, or ""; once all windows have been followed."""
+        said = []
+        if self.n_damaged:
+            said.append(f"{self.first_damage} ({self.n_damaged} of {self.n_windows} windows not heard)")
+        elif self.n_windows and not self.n_heard:
+            said.append("silent")
+        if self.whole:
+            said.append(self.whole)
+        return "; ".join(said)
+
+
+# ----- Tags ------------------------------------------------------------------------------------------------
+
+
+def name_classes(model: AudioClassifier) -> list[str]:
+    """Names of the outputs; where several share one, with their labels."""
+    count = Counter(model.classes.values())
+    names = []
+    for label, name in model.classes.items():
+        if count[name] > 1:
+            name = f"{name} ({label})"
+        names.append(name)
+    return names
+
+
+def hear_classes(model: AudioClassifier, path: Path, device: torch.device, hop: float) -> Iterator[Window]:
+    """The windows of a file with the probabilities of a classifier, (C,)."""
+
+    def probabilities(spec: Tensor) -> Tensor:
+        return model.probabilities(model(spec))
+
+    return hear(probabilities, path, model.config, device, hop)
+
+
+def window_shift(config: ModelConfig, hop: float) -> float:
+    """Seconds from a window's begin to the stretch, as long as the hop, in its middle."""
+    clip = config.clip_frames * FRAME_SHIFT
+    return (clip - hop_samples(config, hop)) / 2 / SAMPLE_RATE
+
+
+def stretches(windows: Iterable[tuple], shift: float) -> Iterator[tuple]:
+    """The time that each window stands for, its middle, without gaps: (begin, end, window) in seconds ->
+    (start, end, window)."""
+    start = 0.0
+    end = 0.0
+    before = None
+    for begin, next_end, window in windows:
+        if before is not None:
+            yield start, begin + shift, before
+            start = begin + shift
+        before = window
+        end = next_end
+    if before is not None:
+        yield start, end, before
+
+
+def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5, hop: float = 0.0) -> dict:
+    """The likeliest classes of a file and, if it has several, of its windows, for JSON: file, error, remark, seconds,
+    top {name: probability}, windows [{start, end, top, error}], where top is None in silence and in damage."""
+    names = name_classes(model)
+    total = np.zeros(len(names))
+    total_seconds = 0.0
+    windows = []
+    report = Report()
+    for window in report.follow(hear_classes(model, path, device, hop)):
+        entry = dict(start=window.begin, end=window.end, top=None)
+        if window.problem:
+            entry["error"] = window.problem
+        if window.output is not None:
+            entry["top"] = pick_top(window.output, names, top_k)
+            total += window.output * (window.end - window.begin)
+            total_seconds += window.end - window.begin
+        windows.append(entry)
+    record = dict(file=str(path))
+    problem = report.problem()
+    if problem:
+        record["error"] = problem
+    if report.n_heard:
+        patch = clip_samples(model.config.patch_size) / SAMPLE_RATE
+        if report.seconds < patch:
+            record["remark"] = f"only {report.seconds:.3f} s: less than a patch of {patch:.3f} s"
+        record["seconds"] = round(report.seconds, 2)
+        record["top"] = pick_top(total / total_seconds, names, top_k)
+    if len(windows) > 1:
+        record["windows"] = windows
+    return record
+
+
+def pick_top(p: np.ndarray, names: list[str], top_k: int) -> dict[str, float]:
+    """The likeliest classes, the first the likeliest."""
+    best = np.argsort(-p, kind="stable")[:top_k]
+    return {names[i]: float(p[i]) for i in best}
 
 
 def clock(seconds: float) -> str:
     """Seconds as 2:03.4 or 1:02:03.4."""
     minutes, seconds = divmod(round(seconds, 1), 60)
     hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02d}:{seconds:04.1f}" if hours else f"{minutes}:{seconds:04.1f}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:04.1f}"
+    return f"{minutes}:{seconds:04.1f}"
 
 
-def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5) -> dict:
-    """The likeliest classes of a file and, if it has several, of its windows, for JSON: file, error, seconds,
-    top {name: probability}, windows [{start, end, top}], where top is None in silence."""
-    names, count = list(model.classes.values()), Counter(model.classes.values())
-    names = [f"{name} ({label})" if count[name] > 1 else name for label, name in model.classes.items()]
-
-    def top(p: np.ndarray | None) -> dict[str, float] | None:
-        best = () if p is None else np.argsort(-p, kind="stable")[:top_k]
-        return {names[i]: float(p[i]) for i in best} or None
-
-    windows, problem = hear(lambda spec: model.probabilities(model(spec)), path, model.config, device)
-    record = dict(file=str(path)) | (dict(error=problem) if problem else {})
-    if heard := [window for window in windows if window.output is not None]:
-        seconds = [window.end - window.begin for window in heard]
-        mean = np.average([window.output for window in heard], axis=0, weights=seconds)
-        record |= dict(seconds=round(windows[-1].end, 2), top=top(mean))
-    if len(windows) > 1:
-        record["windows"] = [dict(start=w.begin, end=w.end, top=top(w.output)) for w in windows]
-    return record
+def in_words(record: dict) -> str:
+    """What `tag` returns, in a line for people."""
+    parts = [record["file"]]
+    if "top" in record:
+        best = list(record["top"].items())[:3]
+        parts.append(", ".join(f"{name} {p:.2f}" for name, p in best))
+        if "error" in record:
+            parts.append(f"(heard in part: {record['error']})")
+    else:
+        parts.append(f"not usable: {record['error']}")
+    if "remark" in record:
+        parts.append(f"({record['remark']})")
+    return "  ".join(parts)
 
 
-def in_words(record: dict, timeline: bool) -> str:
-    """What `tag` returns, for people: a line and, with `timeline`, one for each stretch of like windows."""
-    best = ", ".join(f"{name} {p:.2f}" for name, p in list(record.get("top", {}).items())[:3])
-    problem = f"not usable: {record['error']}" if "error" in record else ""
-    if best and problem:
-        problem = f"(heard in part: {record['error']})"
-    lines = ["  ".join(filter(None, (record["file"], best, problem)))]
-    stretches = []
-    for window in record.get("windows", []) if timeline else []:
-        name, p = next(iter((window["top"] or {"silence": 1.0}).items()))
-        for before in stretches[-1:]:
-            before["end"] = window["start"]  # a window's last frame reaches a little into the next
-        if not stretches or stretches[-1]["name"] != name:
-            stretches.append(dict(name=name, start=window["start"], scores=[]))
-        stretches[-1].update(end=window["end"], scores=[*stretches[-1]["scores"], p])
-    for s in stretches:
-        span = f"{clock(s['start'])} to {clock(s['end'])}"
-        lines.append(f"    {span:20s}  {s['name']} {sum(s['scores']) / len(s['scores']):.2f}")
-    return "\n".join(lines)
+class Stretch:
+    """A stretch of time in which the same is heard, window after window."""
+
+    def __init__(self, name: str, start: float):
+        self.name = name
+        self.start = start  # seconds
+        self.end = start
+        self.total = 0.0  # of the probabilities
+        self.n_windows = 0
+
+    def add(self, end: float, probability: float) -> None:
+        """Go on to `end` with another window."""
+        self.end = end
+        self.total += probability
+        self.n_windows += 1
+
+    def probability(self) -> float:
+        """The mean of its windows; nan where nothing could be heard."""
+        return self.total / self.n_windows
 
 
-def features(
-    encode: Callable[[Tensor], Tensor], path: Path, config: ModelConfig, device: torch.device
-) -> tuple[dict[str, np.ndarray], str]:
-    """Tokens of a file by time, without padding, and what is wrong with the file or "".
-
-    cls (windows, D) and cls_times (windows, 2), seconds from and to; patches (frames, bands, D); frames
-    (frames, D), their mean over bands; and times (frames,), seconds at the middle of each frame of 160 ms.
-    """
-    windows, problem = hear(encode, path, config, device)
-    parts, width = dict(cls=[], cls_times=[], patches=[], times=[]), config.patch_size * FRAME_SHIFT
-    for begin, end, tokens in windows:
-        if tokens is not None:
-            n_frames = 1 + (round((end - begin) * SAMPLE_RATE) - FRAME_LENGTH) // FRAME_SHIFT
-            n = max(1, n_frames // config.patch_size)
-            parts["cls"].append(tokens[:1])                                                  # (1, D)
-            parts["cls_times"].append([[begin, end]])                                        # (1, 2)
-            patches = tokens[1:].reshape(-1, config.grid(0)[1], config.width)                # (H, W, D)
-            parts["patches"].append(patches[:n])                                             # (n, W, D)
-            parts["times"].append(begin + (np.arange(n) + 0.5) * width / SAMPLE_RATE)        # (n,)
-    arrays = {name: np.concatenate(part) for name, part in parts.items() if part}
-    return arrays | (dict(frames=arrays["patches"].mean(1)) if arrays else {}), problem
+def find_likeliest(windows: list[dict], shift: float) -> list[Stretch]:
+    """The stretches of a file in which the likeliest class is the same, from the windows of `tag`."""
+    found = []
+    parts = [(window["start"], window["end"], window) for window in windows]
+    for start, end, window in stretches(parts, shift):
+        name = "silence"
+        p = 1.0
+        if "error" in window:
+            name = f"not heard: {window['error']}"
+            p = math.nan
+        elif window["top"]:
+            name, p = next(iter(window["top"].items()))
+        if not found or found[-1].name != name:
+            found.append(Stretch(name, start))
+        found[-1].add(end, p)
+    return found
 
 
-def places_of_features(output: str, files: list[tuple[Path, Path]]) -> list[Path]:
-    """Where the features of each file go: DIR/name.npz, or of one file the .npz itself. Raises InputError."""
-    if Path(output).suffix not in ("", ".npz"):
-        raise InputError(f"{output}: features are written as .npz, or into a folder")
-    if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        raise InputError(f"{output} exists: remove it or choose another name")
-    if output.endswith(".npz") and len(files) > 1:
-        raise InputError(f"{output} is for one file: name a folder for the features of {len(files)}")
-    if output.endswith(".npz"):
-        return [Path(output)]
-    names = [path.relative_to(root) for path, root in files]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{twice[0]} is there twice: give the folder above, or one after the other")
-    return [Path(output, f"{name}.npz") for name in names]
+def detect(
+    model: AudioClassifier, path: Path, device: torch.device, threshold: float, hop: float = 0.0
+) -> tuple[list[Stretch], Report]:
+    """The stretches of a file in which the probability of a class is above the threshold, by their start."""
+    names = name_classes(model)
+    report = Report()
+    windows = report.follow(hear_classes(model, path, device, hop))
+    parts = ((window.begin, window.end, window) for window in windows)
+    found = []
+    going_on = {}  # class -> its stretch
+    for start, end, window in stretches(parts, window_shift(model.config, hop)):
+        above = []
+        if window.output is not None:
+            above = np.flatnonzero(window.output > threshold).tolist()
+        going_on = {i: going_on[i] for i in above if i in going_on}
+        for i in above:
+            if i not in going_on:
+                going_on[i] = Stretch(names[i], start)
+                found.append(going_on[i])
+            going_on[i].add(end, float(window.output[i]))
+    return found, report
 
 
-@contextlib.contextmanager
-def written(path: Path) -> Iterator:
-    """A file to write to, which has its name once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+# ----- Command line ----------------------------------------------------------------------------------------
 
 
-def write_manifest_features(args: argparse.Namespace, encoder: Encoder, device: torch.device) -> int:
-    """Write the features of a manifest's clips, as the probes see them; returns the exit status."""
-    data = AudioDataset(args.inputs[0], encoder.config.clip_frames, segments=False, allow_silence=True)
-    function = pooled(encoder, args.pooling, args.block)
-    with written(Path(args.features)) as file:  # what cannot be written is told before the work
-        found = predict(function, data, encoder.config, device, args.workers)
-        items = found.items.tolist()
-        arrays = dict(labels=[",".join(data.labels(i)) for i in items], files=[data.name(i) for i in items])
-        np.savez(file, features=found.values.numpy(), **{k: np.array(v) for k, v in arrays.items()})
-    for problem in found.problems:
-        print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
-    n_bad = len(found.problems) + len(data.too_short)
-    print(f"{args.features}: features {tuple(found.values.shape)}; {n_bad} clips cannot be used")
-    if data.n_cut:
-        print(f"{data.n_cut} clips are longer than {data.n_frames} frames: features are of their beginning")
-    return 0
-
-
-def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+def read_command_line() -> argparse.Namespace:
+    """The flags. Raises InputError for those that have no effect together."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("inputs", nargs="+", help="audio files and folders; for features also a manifest")
-    parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
-    parser.add_argument("--timeline", action="store_true", help="also print what is heard when")
-    parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
-    parser.add_argument("--top_k", type=int, default=5, help="classes for a file or window in JSON")
-    parser.add_argument("--features", default="", help="write features into this folder or .npz")
-    parser.add_argument("--block", type=int, default=0, help="of the features, from 1 on; 0 = 7/12 of all")
-    parser.add_argument("--pooling", choices=POOLINGS, default=POOLINGS[0], help="of a manifest's features")
-    parser.add_argument("--workers", type=int, default=4, help="loader processes for a manifest")
-    parser.add_argument("--teacher", action="store_true", help="features of a pre-training run's teacher")
+    tags = parser.add_argument_group("tags")
+    tags.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
+    tags.add_argument("--hop", type=float, default=0, help="seconds between windows; 0 = side by side")
+    tags.add_argument("--timeline", action="store_true", help="also print what is heard when")
+    tags.add_argument("--json", action="store_true", help="print JSON, a line for each file")
+    tags.add_argument("--top_k", type=int, default=5, help="classes for a file or window in JSON")
+    tags.add_argument("--csv", action="store_true", help="print a table of what is heard above --threshold")
+    tags.add_argument("--audacity", action="store_true", help="the same for one file, as labels for Audacity")
+    tags.add_argument("--threshold", type=float, help="least probability of a detection; default 0.5")
+    features = parser.add_argument_group("features")
+    features.add_argument("--features", default="", help="write features into this folder or .npz")
+    features.add_argument("--block", type=int, default=0, help="whose tokens; 0 = at 7/12 of the depth")
+    features.add_argument("--teacher", action="store_true", help="of a pre-training run, the teacher's")
+    features.add_argument("--pooling", choices=PROBE_POOLINGS, default="bands", help="of a manifest's clips")
+    features.add_argument("--workers", type=int, default=4, help="loader threads for a manifest")
     args = parser.parse_args()
-    _, world, device = init_distributed()
-    if world > 1 or args.top_k < 1:
-        raise InputError("this needs one process, without torchrun, and a --top_k above 0")
-    is_manifest = args.features and args.inputs[0].endswith(".tsv")
-    if is_manifest and (len(args.inputs) > 1 or not args.features.endswith(".npz")):
-        raise InputError("the features of a manifest, one at a time, go into one .npz")
-    files = [  # and the folder that names each
-        (path, root if root.is_dir() else path.parent)
-        for root in map(Path, args.inputs) for path in (find_audio(root) if root.is_dir() else [root])
-    ]  # fmt: skip
-    n_good, places = 0, places_of_features(args.features, files) if args.features else [None] * len(files)
-    if args.features:
-        encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
-        encode = tokens_after(encoder, args.block)
-    else:
-        model = load_classifier(args.checkpoint, args.classes).to(device)
-    if is_manifest:
-        return write_manifest_features(args, encoder, device)
-    for (path, _), place in tqdm([*zip(files, places)], disable=len(files) == 1 or None, leave=False):
-        if args.features:
-            arrays, problem = features(encode, path, encoder.config, device)
-            if arrays:
-                with written(place) as file:
-                    np.savez(file, **arrays)
-            n_good += bool(arrays)
-            if problem:
-                tqdm.write(f"{path} cannot be used: {problem}", file=sys.stderr)
+    if args.top_k < 1:
+        raise InputError("--top_k must be above 0")
+    forms = [args.timeline or args.json, args.csv, args.audacity, bool(args.features)]
+    if sum(forms) > 1:
+        raise InputError("--timeline or --json, --csv, --audacity and --features: choose one")
+    if args.threshold is not None and not (args.csv or args.audacity):
+        raise InputError("--threshold is for --csv and --audacity")
+    if args.features and (args.hop or args.classes):
+        raise InputError("--hop and --classes are for tags, not for --features")
+    if not args.features and (args.block or args.teacher):
+        raise InputError("--block and --teacher are for --features")
+    return args
+
+
+def find_files(inputs: list[str]) -> list[tuple[Path, Path]]:
+    """The audio files of the command line, each with the folder from which it is named. Raises InputError."""
+    files = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files += [(found, path) for found in find_audio(path)]
+        elif path.suffix == ".tsv":
+            raise InputError(f"{path}: a manifest, alone, is for --features X.npz, and for evaluate.py, which scores "
+                             "it; for tags name the files or their folder")  # fmt: skip
         else:
-            record = tag(model, path, device, args.top_k)
-            n_good += "top" in record
-            tqdm.write(json.dumps(record) if args.json else in_words(record, args.timeline))
-    summary = f"{len(files)} files, {len(files) - n_good} not usable"
-    if args.features:
-        print(f"{args.features}: features of {summary}")
-    elif len(files) > 1:
-        print(summary, file=sys.stderr)
+            files.append((path, path.parent))
+    return files
+
+
+def print_detections(args: argparse.Namespace, model: AudioClassifier, path: Path, device: torch.device) -> bool:
+    """Print a table of what is heard in a file; returns whether it can be used."""
+    threshold = args.threshold
+    if threshold is None:
+        threshold = 0.5
+    found, report = detect(model, path, device, threshold, args.hop)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    with tqdm.external_write_mode():
+        for part in found:
+            p = part.probability()
+            if args.audacity:
+                print(f"{part.start:.3f}\t{part.end:.3f}\t{part.name} {p:.2f}")
+            else:
+                table.writerow([path, f"{part.start:.3f}", f"{part.end:.3f}", part.name, f"{p:.4f}"])
+    is_good = report.n_heard > 0
+    tell_problem(path, report.problem(), is_good)
+    return is_good
+
+
+def print_tags(args: argparse.Namespace, model: AudioClassifier, path: Path, device: torch.device) -> bool:
+    """Print what is heard in a file; returns whether it can be used."""
+    record = tag(model, path, device, args.top_k, args.hop)
+    if args.json:
+        tqdm.write(json.dumps(record, ensure_ascii=False))
+        return "top" in record
+    tqdm.write(in_words(record))
+    if args.timeline:
+        for part in find_likeliest(record.get("windows", []), window_shift(model.config, args.hop)):
+            span = f"{clock(part.start)} to {clock(part.end)}"
+            p = f"{part.probability():.2f}".removesuffix("nan")
+            tqdm.write(f"    {span:20s}  {part.name} {p}".rstrip())
+    return "top" in record
+
+
+def print_all(args: argparse.Namespace, device: torch.device) -> int:
+    """Print what is heard in all files; returns the exit status."""
+    files = find_files(args.inputs)
+    if args.audacity and len(files) > 1:
+        raise InputError(f"Audacity's labels are of one recording: name one file, not {len(files)}")
+    model = load_classifier(args.checkpoint, args.classes).to(device)
+    hop_samples(model.config, args.hop)  # tells what is wrong with it
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if args.csv:
+        print("file,start,end,class,probability")
+    print_one = print_tags
+    if args.csv or args.audacity:
+        print_one = print_detections
+    n_good = 0
+    for path, _ in tqdm(files, disable=len(files) == 1 or None, leave=False):
+        n_good += print_one(args, model, path, device)
+    if len(files) > 1:
+        print(summarize(len(files), len(files) - n_good), file=sys.stderr)
     return int(n_good == 0)
 
 
+def write_all_features(args: argparse.Namespace, device: torch.device) -> int:
+    """Write the features of files or of a manifest; returns the exit status."""
+    encoder = Encoder.from_pretrained(args.checkpoint, args.teacher).to(device)
+    if args.inputs[0].endswith(".tsv"):
+        if len(args.inputs) > 1 or not args.features.endswith(".npz"):
+            raise InputError("the features of a manifest, one at a time, go into one .npz")
+        return write_manifest_features(args, encoder, device)
+    settings = settings_of(encoder, args.block)
+
+    def encode(spec: Tensor) -> Tensor:
+        return encoder(spec, n_blocks=settings["block"])
+
+    def collect(path: Path, folder: Path) -> tuple[dict[str, Rows], str]:
+        report = Report()
+        windows = report.follow(hear(encode, path, encoder.config, device))
+        arrays = collect_tokens(windows, encoder.config, folder)
+        return arrays, report.problem()
+
+    return write_features(args.features, find_files(args.inputs), settings, collect)
+
+
+def main() -> int:
+    """Do what the command line says; returns the exit status."""
+    args = read_command_line()
+    _, _, device = init_distributed(alone=True)
+    if args.features:
+        return write_all_features(args, device)
+    return print_all(args, device)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe (| head) ends it without a word
-    silence_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written is removed
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe (| head) ends it without a word
     run_script(main)
