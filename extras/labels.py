@@ -1,4 +1,4 @@
-"""Labels from other tools' tables: any CSV, a column for each class, Raven's selections, Label Studio's exports.
+"""Labels from other tools' tables: any CSV, a column for each class, Raven, Label Studio.
 
     read_labels(table, folder, paths)    the labels that a table gives to the files of a folder
     labels_in(cell)                      the labels in one cell, or in a field of a shard
@@ -26,6 +26,7 @@ from extras.media import AUDIO_SUFFIXES
 WORDS = "label|class|categor|species|target|choice|annotation|tag"  # how titles of labels begin
 PLAIN = r"(label|class|category|species|target|choice|annotation|tag|categorie)(e?s)?[ _-]?\d*"  # in full
 SEVERAL = r"(labels|classes|categories|targets|choices|annotations|tags)$"  # a cell may list several
+SAMPLE = 1000  # rows that tell which column names the files
 SWITCHES = {"0", "1", "0.0", "1.0", "false", "true"}  # of a table with a column for each class
 NO_CLASS = "^(unnamed.*|index|id|fold|split)?$"  # titles that are no class there
 
@@ -59,6 +60,8 @@ def decodings(path: str | os.PathLike) -> list[str]:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return [data.decode("utf-16", errors="replace")]
+    if b"\0" in data:
+        raise InputError(f"{path} is no text: save the table as CSV")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return [data.decode("utf-8")]
@@ -183,8 +186,8 @@ class Files:
             path = self.endings.get("/".join(parts[i:]))
             if path and self.depth[path] == len(parts) - i:
                 return path, "/".join(parts[:i])
-        upload = re.fullmatch(r"(.*upload/(?:\d+/)?[0-9a-z]+-)([^/]+)", name)  # Label Studio puts a code before
-        if upload:
+        upload = re.fullmatch(r"(.*upload/(?:\d+/)?[0-9a-z]+-)([^/]+)", name)
+        if upload:  # Label Studio puts a code before the name
             return self.endings.get(upload[2]), upload[1]
         return None, ""
 
@@ -218,12 +221,15 @@ def has_titles(rows: list[list[str]], files: Files) -> bool:
     return not any(has_suffix(cell) or files.find(cell)[0] for cell in rows[0])
 
 
-def file_column(rows: list[list[str]], files: Files) -> tuple[int, int, int]:
-    """The column that names most files: how many with their suffix, how many in all, minus its number."""
+def file_column(rows: list[list[str]], files: Files, step: int) -> tuple[int, int, int]:
+    """The column that names most files: how many with their suffix, how many in all, minus its number. By the
+    first of each `step` rows."""
     best = (0, 0, 0)
-    for column in range(max(map(len, rows), default=0)):
+    is_titled = has_titles(rows, files)
+    rows = rows[::step]
+    for column in range(max(map(len, rows))):
         cells = [row[column] for row in rows if column < len(row)]
-        if re.match(WORDS, cells[0].strip().lower()) and has_titles(rows, files):
+        if is_titled and re.match(WORDS, cells[0].strip().lower()):
             continue
         found = {}
         for cell in cells:
@@ -283,26 +289,22 @@ class Labels(NamedTuple):
 
 
 def read_labels(table: str | os.PathLike, folder: str | os.PathLike, paths: list[Path]) -> Labels:
-    """The labels that a table gives to the files of a folder; several rows of a file add up. Raises InputError
-    if it cannot be read, or if it cannot be told which columns hold the files and the labels."""
+    """The labels that a table gives to the files of a folder; several rows of a file add up. Raises
+    InputError if it cannot be read, or if it cannot be told which columns hold the files and the labels."""
     files = Files(folder, paths, table)
-    best = (0, 0, 0)
-    rows = [["nothing"]]
-    columns = None
-    for reading in readings(table):
-        score = file_column(reading, files)
-        if score > best:
-            best = score
-            rows = reading
-            columns = choose_columns(rows, -score[2], files)
-        elif reading and not best[1]:
-            rows = reading
+    tables = [rows for rows in readings(table) if rows] or [[["nothing"]]]
+    scores = [file_column(rows, files, max(1, len(rows) // SAMPLE)) for rows in tables]
+    if not any(n_found for _, n_found, _ in scores):
+        scores = [file_column(rows, files, 1) for rows in tables]
+    best = max(scores)
+    rows = tables[scores.index(best)]
+    columns = choose_columns(rows, -best[2], files) if best[1] else None
     if columns is None:
-        first = ", ".join(rows[0])[:200]
+        first = ", ".join(rows[0])[:100]
         name = str(paths[0].relative_to(folder))
         raise InputError(
             f"{table}: cannot tell which column names the files and which the labels. It begins with "
-            f"{printable(first)!r}, a file is called {name!r}; expected: a first row of titles such as file,label"
+            f"{first!r}, a file is called {name!r}; expected: a first row of titles such as file,label"
         )
     return collect(rows, columns, files)
 
@@ -316,7 +318,8 @@ def collect(rows: list[list[str]], columns: Columns, files: Files) -> Labels:
         cell = row[columns.file] if columns.file < len(row) else ""
         path, place = files.find(cell)
         if path is None:
-            problems.append((cell, "no such file"))
+            is_several = nfc(cell.strip()) in files.endings
+            problems.append((cell, "several files have this name" if is_several else "no such file"))
             continue
         places[path].add(place)
         for i in columns.labels:
@@ -329,7 +332,7 @@ def collect(rows: list[list[str]], columns: Columns, files: Files) -> Labels:
     for path in places:
         if len(places[path]) > 1:
             found.pop(path, None)
-            problems.append((str(path), f"several files of the table may be this: in {sorted(places[path])}"))
+            problems.append((path.name, f"the table has several, in {sorted(places[path])}"))
     titles = columns.titles or [f"column {i + 1}" for i in range(max(map(len, rows)))]
     labels = ", ".join(dict.fromkeys(titles[i] for i in columns.labels))
     return Labels(dict(found), problems, f"files: {titles[columns.file]}; labels: {labels}")

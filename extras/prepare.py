@@ -2,7 +2,7 @@
 
     python extras/prepare.py scan DIR -o train.tsv           every audio file below DIR
     python extras/prepare.py scan DIR --labels -o train.tsv  the class is the first folder below DIR
-    python extras/prepare.py scan DIR --labels TABLE -o train.tsv    labels of a table: CSV, Raven, Label Studio
+    python extras/prepare.py scan DIR --labels TABLE -o train.tsv    of a table: CSV, Raven, Label Studio
     python extras/prepare.py stats train.tsv                 mean and std for --norm_mean and --norm_std
     python extras/prepare.py pack train.tsv packed.tsv       decode once, into packed.pcm: --data packed.tsv
     python extras/prepare.py pack 20k/train/*.tar train.tsv  the same from tar (WebDataset) or parquet files
@@ -11,8 +11,8 @@
     python extras/prepare.py audioset SEGMENTS.csv LABELS.csv AUDIO_DIR -o train.tsv
     python extras/prepare.py released old.tsv -o train.tsv   the released code's old.tsv with its old.lbl
 
-A file that ends with .bad lists what is left out, and what is damaged but kept, with the reasons. A comma in a
-label becomes a semicolon, because a manifest separates labels by commas. data.py describes the formats.
+A file that ends with .bad lists what is left out, and what is damaged but kept, with the reasons. A manifest
+separates labels by commas: a comma in a label becomes a semicolon. data.py describes the formats.
 """
 
 import argparse
@@ -41,31 +41,28 @@ from data import (  # noqa: E402
 )  # fmt: skip
 from evaluate import Parser, run_script  # noqa: E402
 from extras.labels import nfc, printable, read_labels  # noqa: E402
-from extras.media import count_samples, find_audio, stream  # noqa: E402
+from extras.media import OTHER_SUFFIXES, count_samples, find_audio, stream  # noqa: E402
 from extras.shards import Entry, check_shard, entries_of  # noqa: E402
 from extras.tables import read_classes  # noqa: E402
 
 LONG = 300 * SAMPLE_RATE  # a piece deep in such a file is slow to read, unless the format can seek
-SLOW_SUFFIXES = (".mp3", ".m4a", ".mp4", ".mov", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".ape")
+SLOW_SUFFIXES = (".mp3", *OTHER_SUFFIXES)
 ID_FORMS = (r"(.{11})(|[-_.].*)", r".*\[([\w-]{11})\](.*)", r"Y(.{11})(.*)")  # YTID in a file's name
 MEASURED_CLIPS = 200  # for the mean and std that `scan` prints
 SHARDS = (".tar", ".parquet")
 
 
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def tally(reasons: Iterable[str]) -> str:
-    """How often each reason is given: in full where it is always the same, else what is before its colon."""
+def tally(lines: Iterable[str]) -> str:
+    """How often .bad gives each reason: in full if it is always the same, else what is before its colon."""
     kinds = defaultdict(Counter)
-    for reason in reasons:
-        kind = re.sub(r"(?<!\w)\d[\d.]*", "...", reason.split(":")[0].split(" (")[0])
+    for line in lines:
+        reason = line.split("\t")[1]
+        kind = re.sub(r"(?<!\w)\d[\d.]*", "...", re.split(r": | \(", reason)[0])
         kinds[kind][reason] += 1
     texts = []
-    for kind, counts in sorted(kinds.items(), key=lambda item: -item[1].total()):
-        text = kind if len(counts) > 1 else next(iter(counts))
-        texts.append(f"{counts.total()} {text}")
+    for kind, reasons in sorted(kinds.items(), key=lambda item: -item[1].total()):
+        text = kind if len(reasons) > 1 else next(iter(reasons))
+        texts.append(f"{reasons.total()} {text}")
     return ", ".join(texts[:6] + ["..."] * (len(texts) > 6))
 
 
@@ -90,136 +87,6 @@ def in_order(function: Callable, jobs: Iterable, workers: int, timeout: float | 
 # ----- Writing manifests -----------------------------------------------------------------------------------
 
 
-class Listed(NamedTuple):
-    """What becomes of a file."""
-
-    line: str = ""  # of the manifest
-    n_samples: int = 0
-    problem: str = ""  # a line of .bad
-    reason: str = ""
-
-
-def list_file(path: Path, labels: list[str], folder: str) -> Listed:
-    """A file's line of the manifest of a folder, or the reason why it has none."""
-    name = os.path.relpath(path, folder)
-    column = join(labels)
-    try:
-        if ".." in Path(name).parts:
-            raise InputError("lies outside the manifest's folder")
-        if set("\t\n\r") & set(name + column):
-            raise InputError("its name or label holds a tab or a line break")
-        n_samples, remark = count_samples(path)
-    except (InputError, OSError) as error:
-        return Listed(problem=f"{printable(name)}\t{error}", reason=str(error))
-    line = f"{name}\t{n_samples}"
-    if labels:
-        line += f"\t{column}"
-    problem = f"{name}\tkept, but {remark}" if remark else ""
-    return Listed(line, n_samples, problem)
-
-
-def check_output(output: str, can_replace: bool) -> Manifest | None:
-    """The list that is there already, if it may be replaced. Raises InputError for anything else there."""
-    old = None
-    if not os.path.basename(output):
-        raise InputError(f"{output} is a folder: name a file in it")
-    if os.path.exists(output):
-        if can_replace:
-            try:
-                old = Manifest(output)
-            except InputError:
-                pass
-        if old is None or old.root.endswith(".pcm"):
-            raise InputError(f"{output} exists: remove it or choose another name")
-    check_bad(output)
-    return old
-
-
-def check_bad(output: str) -> None:
-    """Raise InputError if there is another file in the place of `output`.bad than one of ours."""
-    path = Path(f"{output}.bad")
-    if path.exists() and any(line.count(b"\t") != 1 for line in path.read_bytes().split(b"\n")[:-1]):
-        raise InputError(f"{path} exists: remove it or choose another name")
-
-
-def write_bad(output: str, lines: Iterable[str]) -> None:
-    """Write `output`.bad, or remove an older one if there is nothing to tell."""
-    lines = iter(lines)
-    first = next(lines, None)
-    if first is None:
-        Path(f"{output}.bad").unlink(missing_ok=True)
-    else:
-        write_lines(f"{output}.bad", itertools.chain([first], lines))
-
-
-def write_manifest(
-    output: str, folder: str, files: list[tuple[Path, list[str]]], bad: list[tuple[str, str]] = (),
-    can_replace: bool = False, force: bool = False,
-) -> list[Listed]:  # fmt: skip
-    """Write a manifest of files below `folder` and their labels; returns what it lists. `bad` (name, reason)
-    and what cannot be used go to `output`.bad. Raises InputError if no file can be used, or if `output`
-    exists, unless it `can_replace` a manifest that lists the same or, with `force`, any manifest."""
-    old = check_output(output, can_replace)
-    if {"\n", "\r"} & set(os.path.abspath(folder)):
-        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-    with TemporaryFile(dir=os.path.dirname(output) or "."):
-        pass  # what cannot be written is told before the work
-    jobs = in_order(lambda file: list_file(*file, folder), files, os.cpu_count())
-    listed = list(tqdm(jobs, "scan", len(files), unit="file", disable=None))
-    good = [file for file in listed if file.line]
-    problems = [file.problem for file in listed if file.problem]
-    problems += [f"{printable(name)}\t{reason}" for name, reason in bad]
-    reasons = [file.reason for file in listed if not file.line]
-    reasons += [reason for _, reason in bad]
-    if not good:
-        write_bad(output, problems)
-        raise InputError(
-            f"none of the {len(files)} audio files below {folder} can be read: see {output}.bad ({tally(reasons)})"
-        )
-    lines = [file.line for file in good]
-    if old and not force:
-        is_same = sorted(old.lines) == sorted(map(os.fsencode, lines))
-        if not is_same or os.path.realpath(old.root) != os.path.realpath(folder):
-            raise InputError(f"{output} exists and lists other clips or labels: --force replaces it")
-    write_bad(output, problems)
-    write_lines(output, [os.path.abspath(folder), *lines])
-    hours = sum(file.n_samples for file in good) / SAMPLE_RATE / 3600
-    print(f"{output}: {len(good)} clips, {hours:.2f} h" + left_out(reasons, output))
-    print_kept(sum(bool(file.problem) for file in good), output)
-    return good
-
-
-def left_out(reasons: list[str], output: str) -> str:
-    """What to say of clips that are left out, if there are some."""
-    if not reasons:
-        return ""
-    return f"; {len(reasons)} left out, listed in {output}.bad: {tally(reasons)}"
-
-
-def print_kept(n: int, output: str) -> None:
-    """Say how many files are listed although they are damaged."""
-    if n:
-        print(f"{plural(n, 'damaged file')} kept, see {output}.bad")
-
-
-def print_classes(lines: Iterable[str]) -> None:
-    """Print how many classes a manifest's lines have, and the first ten with the number of their clips."""
-    counts = Counter()
-    n_without = 0
-    for line in lines:
-        labels = labels_of(line.split("\t"))
-        counts.update(labels)
-        n_without += not labels
-    if not counts:
-        return
-    first = ", ".join(f"{label} ({counts[label]})" for label in sorted(counts)[:10])
-    more = ", ..." if len(counts) > 10 else ""
-    print(f"{len(counts)} classes: {first}{more}")
-    if n_without:
-        print(f"{plural(n_without, 'clip')} without label")
-
-
 def join(labels: list[str]) -> str:
     """Labels as a column of a manifest."""
     return ",".join(label.replace(",", ";") for label in labels)
@@ -229,9 +96,116 @@ def say_if_comma(labels: Iterable[str]) -> bool:
     """Say that a comma is replaced, if one of these labels has one; returns that."""
     for label in labels:
         if "," in label:
-            print(f"commas separate labels in a manifest: {label!r} becomes {join([label])!r}, others likewise")
+            print(f"commas separate labels in a manifest: {label!r} becomes {join([label])!r} and so on")
             return True
     return False
+
+
+def list_file(path: Path, labels: list[str], folder: str) -> tuple[str, str]:
+    """A file's line of the manifest of a folder, and its line of .bad; "" if it has none."""
+    name = os.path.relpath(path, folder)
+    column = join(labels)
+    try:
+        if ".." in Path(name).parts:
+            raise InputError("lies outside the manifest's folder")
+        if set("\t\n\r") & set(name + column):
+            raise InputError("its name or label holds a tab or a line break")
+        n_samples, remark = count_samples(path)
+    except (InputError, OSError) as error:
+        return "", f"{printable(name)}\t{error}"
+    line = f"{name}\t{n_samples}"
+    if labels:
+        line += f"\t{column}"
+    return line, f"{name}\tkept, but {remark}" if remark else ""
+
+
+def check_output(output: str, can_replace: bool) -> Manifest | None:
+    """The list that is there already, if it may be replaced. Raises InputError if it may not, or if
+    `output`.bad is another file than one of ours."""
+    if not os.path.basename(output):
+        raise InputError(f"{output} is a folder: name a file in it")
+    old = None
+    if os.path.exists(output):
+        try:
+            old = Manifest(output) if can_replace else None
+        except InputError:
+            pass
+        if old is None or old.root.endswith(".pcm"):
+            raise InputError(f"{output} exists: remove it or choose another name")
+    bad = Path(f"{output}.bad")
+    if bad.exists() and any(line.count(b"\t") != 1 for line in bad.read_bytes().split(b"\n")[:-1]):
+        raise InputError(f"{bad} exists: remove it or choose another name")
+    return old
+
+
+def write_bad(output: str, lines: Iterable[str]) -> None:
+    """Write `output`.bad, or remove an older one if there is nothing to tell."""
+    write_lines(f"{output}.bad", lines)
+    if not os.path.getsize(f"{output}.bad"):
+        os.remove(f"{output}.bad")
+
+
+def write_manifest(
+    output: str, folder: str, files: list[tuple[Path, list[str]]], bad: list[tuple[str, str]] = (),
+    can_replace: bool = False, force: bool = False,
+) -> list[str]:  # fmt: skip
+    """Write a manifest of files below `folder` and their labels; returns its lines. `bad` (name, reason) and
+    what cannot be used go to `output`.bad. Raises InputError if no file can be used, or if `output` exists,
+    unless it `can_replace` a manifest that lists the same or, with `force`, any manifest."""
+    old = check_output(output, can_replace)
+    if {"\n", "\r"} & set(os.path.abspath(folder)):
+        raise InputError(f"the name of {folder!r} holds a line break: a manifest cannot hold it")
+    where = os.path.dirname(output) or "."
+    os.makedirs(where, exist_ok=True)
+    with TemporaryFile(dir=where):
+        pass  # what cannot be written is told before the work
+    rows = in_order(lambda file: list_file(*file, folder), files, os.cpu_count())
+    lines = []
+    kept = []
+    left_out = []
+    for line, problem in tqdm(rows, "scan", len(files), unit="file", disable=None):
+        if line:
+            lines.append(line)
+        if problem:
+            (kept if line else left_out).append(problem)
+    left_out += [f"{printable(name)}\t{reason}" for name, reason in bad]
+    if lines and old and not force:
+        is_same = sorted(old.lines) == sorted(map(os.fsencode, lines))
+        if not is_same or os.path.realpath(old.root) != os.path.realpath(folder):
+            raise InputError(f"{output} exists and lists other clips or labels: --force replaces it")
+    write_bad(output, left_out + kept)
+    if not lines:
+        said = f"none of the {len(files)} audio files below {folder} can be read: see {output}.bad"
+        raise InputError(f"{said} ({tally(left_out)})")
+    write_lines(output, [os.path.abspath(folder), *lines])
+    summarize(output, lines, left_out, len(kept))
+    return lines
+
+
+def summarize(output: str, lines: Iterable[str], left_out: list[str], n_kept: int) -> None:
+    """Print how much a manifest lists, what is not in it, and its classes."""
+    counts = Counter()
+    n_clips = 0
+    n_samples = 0
+    n_without = 0
+    for line in lines:
+        fields = line.split("\t")
+        labels = labels_of(fields)
+        counts.update(labels)
+        n_clips += 1
+        n_samples += int(fields[1])
+        n_without += not labels
+    said = f"{output}: {n_clips} clips, {n_samples / SAMPLE_RATE / 3600:.2f} h"
+    if left_out:
+        said += f"; {len(left_out)} left out, listed in {output}.bad: {tally(left_out)}"
+    print(said)
+    if n_kept:
+        print(f"{n_kept} damaged, but kept: see {output}.bad")
+    if counts:
+        first = [f"{label} ({counts[label]})" for label in sorted(counts)]
+        print(f"{len(counts)} classes: {', '.join(first[:10] + ['...'] * (len(first) > 10))}")
+    if counts and n_without:
+        print(f"{n_without} clips without label")
 
 
 # ----- scan, stats -----------------------------------------------------------------------------------------
@@ -262,16 +236,16 @@ def scan(folder: str, output: str, labels: str | None = None, force: bool = Fals
         if not files:
             raise InputError(f"none of the {len(paths)} audio files has a label in {labels or 'its folder'}")
         say_if_comma(label for own in found.values() for label in own)
-    listed = write_manifest(output, folder, files, bad, can_replace=True, force=force)
-    if labels is not None:
-        print_classes(file.line for file in listed)
+    lines = write_manifest(output, folder, files, bad, can_replace=True, force=force)
     print_norm(output)
-    is_slow = [f.n_samples > LONG and f.line.split("\t")[0].lower().endswith(SLOW_SUFFIXES) for f in listed]
-    if any(is_slow):
+    rows = [line.split("\t") for line in lines]
+    if any(int(row[1]) > LONG and row[0].lower().endswith(SLOW_SUFFIXES) for row in rows):
         print("long files of these formats are slow to read in pieces: `prepare.py pack` decodes them once")
 
 
-def measure(data: AudioDataset, max_items: int, workers: int, timeout: float) -> tuple[float, float, int, int]:
+def measure(
+    data: AudioDataset, max_items: int, workers: int, timeout: float
+) -> tuple[float, float, int, int]:
     """Mean and std of the log-mel values, without padding, of items spread over a data set; how many were
     read, and how many cannot be."""
     items = torch.linspace(0, len(data) - 1, max(1, min(max_items, len(data)))).long().tolist()
@@ -298,18 +272,16 @@ def print_norm(output: str) -> None:
         mean, std, n_clips, _ = measure(data, MEASURED_CLIPS, os.cpu_count(), 30)
     except InputError:
         return  # silence, or nothing but shorter than a frame
-    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # of {plural(n_clips, 'clip')}; of more: stats")
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # of {n_clips} clips; of more: stats")
 
 
 def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
     """Mean and std of the log-mel values, without padding, of max_clips pieces spread over a manifest."""
     data = AudioDataset(source)
     mean, std, n_pieces, n_bad = measure(data, max_clips, workers, timeout)
-    said = f"{plural(n_pieces, 'piece')} of {plural(len(data.line.unique()), 'clip')}"
-    if n_pieces + n_bad < len(data):
-        said = f"{n_pieces} of the {len(data)} pieces of {plural(len(data.line.unique()), 'clip')}"
+    said = f"{n_pieces} of {len(data)} pieces of {len(data.line.unique())} clips"
     if n_bad:
-        said += f"; {plural(n_bad, 'piece')} unreadable"
+        said += f", {n_bad} unreadable"
     print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # {said}")
 
 
@@ -328,8 +300,8 @@ class Done(NamedTuple):
 def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, timeout: float = 30) -> int:
     """Decode manifests, tar or parquet files into one .pcm file, and list its clips in `output`.
     Started again, it goes on where it was: `output`.partial has a hash of the sources, then lines
-    source<TAB>kind<TAB>text, where text is a line of the manifest (kind "clip") or of .bad ("left out", "lost"
-    for a source where more may be missing, "kept" for the next clip). Returns 1 if there are some of "lost"."""
+    source<TAB>kind<TAB>text. The text is a line of the manifest (kind "clip") or of .bad ("left out", "kept" if
+    the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if anything is lost."""
     if not output.endswith(".tsv") or output in sources:
         raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
     partial = Path(f"{output}.partial")
@@ -374,7 +346,7 @@ def identity(source: str) -> tuple:
     if os.path.isfile(source):
         with open(source, "rb") as file:
             if b"\0" in file.read(1024):
-                raise InputError(f"{source} is no manifest, and not named .tar or .parquet: unpack it, or rename it")
+                raise InputError(f"{source} is no manifest, nor named .tar or .parquet: unpack or rename it")
     manifest = Manifest(source)
     return os.path.abspath(manifest.root), manifest.digest
 
@@ -390,7 +362,7 @@ def read_partial(partial: Path, digest: str) -> Done:
                 break  # half-written
             if size == len(line):
                 if line.rstrip() != digest.encode():
-                    raise InputError(f"{partial} was begun with other sources: remove it and the .pcm beside it")
+                    raise InputError(f"{partial} was begun with other sources: remove it and the .pcm")
                 done = Done(size)
                 continue
             number, kind, *text = line.split(b"\t")
@@ -486,7 +458,7 @@ def decode(path: str) -> tuple[Tensor, int, str]:
 
 
 def finish(partial: Path, pcm: Path, output: str) -> int:
-    """Write the manifest and .bad of a listing; returns the exit status. Raises InputError if no clip is good."""
+    """Write the manifest and .bad of a listing; returns the exit status. Raises InputError without a clip."""
 
     def texts(*kinds: str) -> Iterator[str]:
         with open(partial, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -497,22 +469,18 @@ def finish(partial: Path, pcm: Path, output: str) -> int:
                     yield text
 
     write_bad(output, texts("left out", "lost", "kept"))
-    n_clips = sum(1 for _ in texts("clip"))
-    if not n_clips:
+    if next(texts("clip"), None) is None:
         partial.unlink()  # to begin anew
         pcm.unlink()
         raise InputError(f"no clip can be read: see {output}.bad")
     write_lines(output, itertools.chain([pcm.name], texts("clip")))
-    reasons = [text.split("\t")[1] for text in texts("left out")]
-    hours = os.path.getsize(pcm) / 2 / SAMPLE_RATE / 3600
-    print(f"{output}: {n_clips} clips in {pcm}, {hours:.2f} h" + left_out(reasons, output))
-    print_kept(sum(1 for _ in texts("kept")), output)
-    print_classes(texts("clip"))
-    lost = list(texts("lost"))
-    for text in lost:
+    summarize(output, texts("clip"), list(texts("left out")), sum(1 for _ in texts("kept")))
+    status = 0
+    for text in texts("lost"):
         print(f"WARNING: clips are missing: {text.expandtabs(1)}", file=sys.stderr)
+        status = 1
     partial.unlink()
-    return 1 if lost else 0
+    return status
 
 
 # ----- Public data sets ------------------------------------------------------------------------------------
@@ -650,7 +618,8 @@ def n_workers(text: str) -> int:
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    parser = Parser(description=__doc__)
+    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
     positional = {
         scan: ["folder"], stats: ["source"], pack: ["sources", "output"], esc50: ["folder"],
@@ -658,20 +627,20 @@ def main() -> int:
     }  # fmt: skip
     for function, names in positional.items():
         summary = function.__doc__.splitlines()[0]
-        command = commands.add_parser(function.__name__, help=summary, description=function.__doc__)
+        command = commands.add_parser(function.__name__, help=summary, description=function.__doc__, **form)
         command.set_defaults(function=function)
         for name in names:
             command.add_argument(name, nargs="+" if name == "sources" else None)
         if function not in (stats, pack):
-            command.add_argument("-o", dest="output", required=True, help="the manifest, or the folder of several")
+            command.add_argument("-o", dest="output", required=True, help="the manifest, or their folder")
         if function is scan:
             by = "by the first folder below DIR, or by a table"
             command.add_argument("--labels", nargs="?", const="", metavar="TABLE", help=by)
-            command.add_argument("--force", action="store_true", help="replace a manifest that lists other clips")
+            command.add_argument("--force", action="store_true", help="replace a list of other clips")
         if function is stats:
-            command.add_argument("--max_clips", type=int, default=10_000, help="pieces to measure")
+            command.add_argument("--max_clips", type=int, default=10_000, help="how many pieces to measure")
         if function is pack:
-            command.add_argument("--classes", default="", help="class_labels_indices.csv: use its mids as labels")
+            command.add_argument("--classes", default="", help="use the mids of class_labels_indices.csv")
         if function in (stats, pack):
             command.add_argument("--workers", type=n_workers, default=os.cpu_count(), help="threads")
             command.add_argument("--timeout", type=float, default=30, help="minutes, then what hangs fails")

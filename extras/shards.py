@@ -1,4 +1,4 @@
-"""Clips of tar files (WebDataset) and parquet files (Hugging Face), one after the other, without unpacking them.
+"""Clips of tar files (WebDataset) and parquet files (Hugging Face), in order, without unpacking them.
 
     check_shard(path)             raises InputError unless it can be opened
     entries_of(path, classes)     its clips and, in their place, what is damaged
@@ -66,8 +66,8 @@ class Labeller:
         self.known |= {label: label for label in classes}
 
     def __call__(self, record: dict, names: dict[str, list[str]] | None = None) -> list[str]:
-        """The labels of a clip; `names` has those that integers of a field stand for. Raises InputError if none
-        of the fields has labels that are among the classes, although some have labels."""
+        """The labels of a clip; `names` has those that integers of a field stand for. Raises InputError if
+        there are labels, but no field whose labels are among the classes."""
         others = [field for field in record if field not in FIELDS and re.match(WORDS, field.lower())]
         found = []
         for field in (*FIELDS, *others):
@@ -236,7 +236,8 @@ def sound_column(path: str, schema) -> str:
             found.append(field.name)
     named = [name for name in found if re.search("audio|sound|wav|flac|mp3", name.lower())] or found
     if len(named) != 1:
-        raise InputError(f"{path}: which of the columns {', '.join(schema.names)} is the sound? Call it audio")
+        columns = ", ".join(schema.names)
+        raise InputError(f"{path}: which of the columns {columns} is the sound? Call it audio")
     return named[0]
 
 

@@ -21,6 +21,7 @@ from data import AudioDataset, InputError, load_audio
 from extras import prepare, shards
 
 PREPARE = "extras/prepare.py"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
 CLASSES = "index,mid,display_name\n0,/m/a,Bark\n1,/m/b,\"Bark, loud\"\n2,/m/c,Rain\n"
 
 
@@ -39,7 +40,8 @@ def bad_of(path: Path) -> dict[str, str]:
 
 def pack(folder: Path, *sources: str, classes: str = "") -> int:
     """Pack files of a folder into its packed.tsv."""
-    return prepare.pack([str(folder / name) for name in sources], str(folder / "packed.tsv"), classes, workers=2)
+    paths = [str(folder / name) for name in sources]
+    return prepare.pack(paths, str(folder / "packed.tsv"), classes, workers=2)
 
 
 def clip_bytes(i: int, form: str = "WAV", n_samples: int = 8000) -> bytes:
@@ -71,7 +73,8 @@ def web_dataset(n: int, first: int = 0) -> dict[str, bytes]:
     files = {}
     for i in range(first, first + n):
         files[f"{i:05d}.wav"] = clip_bytes(i)
-        files[f"{i:05d}.json"] = json.dumps({"id": f"x{i}", "label": ["Bark", "Rain"][i % 2], "label_id": [i % 2 * 2]}).encode()
+        record = {"id": f"x{i}", "label": ["Bark", "Rain"][i % 2], "label_id": [i % 2 * 2]}
+        files[f"{i:05d}.json"] = json.dumps(record).encode()
     return files
 
 
@@ -94,9 +97,10 @@ def test_pack_and_files_give_the_same(folder, script):
     (folder / "text.wav").write_text("no audio")
     (folder / "empty.wav").touch()
     with open(folder / "manifest.tsv", "a") as file:
-        file.write("text.wav\t16000\tbad\nempty.wav\t16000\tbad\ngone.wav\t16000\tbad\n../up.wav\t16000\tbad\n")
+        for name in ("text.wav", "empty.wav", "gone.wav", "../up.wav"):
+            file.write(f"{name}\t16000\tbad\n")
     said = script(PREPARE, "pack", "manifest.tsv", "packed.tsv", "--workers", 1).stdout
-    assert "packed.tsv: 8 clips in packed.pcm" in said
+    assert "packed.tsv: 8 clips, 0.00 h" in said
     assert "; 4 left out, listed in packed.tsv.bad: " in said
     assert "2 classes: high (4), low (4)\n" in said
     assert set(contents(folder)) == {"packed.tsv", "packed.pcm", "packed.tsv.bad"}
@@ -140,7 +144,8 @@ def test_a_long_file_is_packed_whole(tmp_path):
     """Decoded in pieces, it is the same as in one, at 16 kHz, at another rate, and as mp3."""
     soundfile.write(tmp_path / "long.wav", tone(16_000 * 25).numpy(), 16_000)
     soundfile.write(tmp_path / "other.wav", tone(44_100 * 25, 44_100).numpy(), 44_100, subtype="FLOAT")
-    soundfile.write(tmp_path / "low.mp3", tone(22_050 * 25, 22_050).numpy(), 22_050, bitrate_mode="VARIABLE", compression_level=0.9)
+    low = dict(bitrate_mode="VARIABLE", compression_level=0.9)
+    soundfile.write(tmp_path / "low.mp3", tone(22_050 * 25, 22_050).numpy(), 22_050, **low)
     prepare.scan(str(tmp_path), str(tmp_path / "m.tsv"))
     pack(tmp_path, "m.tsv")
     packed = AudioDataset(tmp_path / "packed.tsv", 4000, segments=False)
@@ -187,7 +192,7 @@ def test_damage_in_the_middle_costs_its_piece(tmp_path, capsys):
     assert 0 < len(differs) < 3 * 16_000
     assert 25 * 16_000 < differs.min() < differs.max() < 35 * 16_000
     assert bad_of(tmp_path / "packed.tsv")["x.flac"].startswith("kept, but damaged at ")
-    assert "1 damaged file kept, see " in capsys.readouterr().out
+    assert "1 damaged, but kept: see " in capsys.readouterr().out
 
 
 def test_a_piece_that_is_no_audio_is_silence(tmp_path):
@@ -203,7 +208,8 @@ def test_a_piece_that_is_no_audio_is_silence(tmp_path):
     expected[163_840:327_680] = 0
     assert np.abs(packed - expected).max() < 1e-4
     bad = bad_of(tmp_path / "packed.tsv")
-    assert bad["x.wav"] == "kept, but its samples reach nan, where full scale is 1: scaled as integers are? (at 10.2 s)"
+    assert bad["x.wav"].startswith("kept, but its samples reach nan")
+    assert bad["x.wav"].endswith("(at 10.2 s)")
     assert bad["nan.wav"].startswith("its samples reach nan")
 
 
@@ -302,32 +308,37 @@ def test_pack_goes_on_where_it_was(folder, sources, monkeypatch, n_read):
         assert len(decoded) - n_before <= 14 - n_read + 4  # what threads had decoded ahead
 
 
-def test_a_killed_process_goes_on_to_the_same(folder, script):
-    """SIGKILL at several moments, and once behind the last clip, before the lists are written."""
-    write_tar(folder / "0.tar", web_dataset(150))
-    write_tar(folder / "1.tar", web_dataset(150, 150))
-    command = ["pack", "0.tar", "1.tar", "packed.tsv", "--workers", "2"]
-    script(PREPARE, *command)
+def test_a_killed_process_goes_on_to_the_same(folder):
+    """SIGKILL in the first and the second source, and once behind the list, before the end."""
+    sources = [str(folder / "0.tar"), str(folder / "1.tar")]
+    write_tar(folder / "0.tar", web_dataset(100))
+    write_tar(folder / "1.tar", web_dataset(100, 100))
+    assert pack(folder, "0.tar", "1.tar") == 0
     expected = contents(folder)
     for name in expected:
         (folder / name).unlink()
     partial = folder / "packed.tsv.partial"
-    for n_done in (20, 170):
-        process = subprocess.Popen([sys.executable, str(ROOT / PREPARE), *command], cwd=folder, env=os.environ)
-        while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > n_done):
+    for n_done in (20, 110):
+        command = [PREPARE, "pack", *sources, str(folder / "packed.tsv"), "--workers", "2"]
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        n_lines = 0
+        while process.poll() is None and n_lines <= n_done:
             time.sleep(0.001)
+            n_lines = partial.read_bytes().count(b"\n") if partial.exists() else 0
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert n_done < partial.read_bytes().count(b"\n") < 300
+        assert n_done < partial.read_bytes().count(b"\n") < 201
     listed = partial.read_bytes()
-    script(PREPARE, *command)
-    assert contents(folder) == expected
-    partial.write_bytes(listed)  # killed between the list and the end
-    script(PREPARE, *command)
-    assert contents(folder) == expected
+    for _ in range(2):
+        assert pack(folder, "0.tar", "1.tar") == 0
+        assert contents(folder) == expected
+        partial.write_bytes(listed)
 
 
-@pytest.mark.parametrize("change", ["fewer clips", "other labels", "another folder", "another tar", "other classes"])
+CHANGES = ["fewer clips", "other labels", "another folder", "another tar", "other classes"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_pack_does_not_go_on_with_other_sources(folder, sources, monkeypatch, change):
     """What is there was not made from them, and stays."""
     (folder / "classes.csv").write_text(CLASSES)
@@ -390,11 +401,13 @@ def test_a_tar_as_audioset_has_it(tmp_path, script, form):
 
 
 @pytest.mark.parametrize("sidecars, labels", [
-    ({".json": b'{"label": "Bark"}'}, ["Bark"]), ({".json": b'{"label": ["Bark", "Rain"]}'}, ["Bark", "Rain"]),
-    ({".json": b'{"labels": ["Bark"], "text": "a dog"}'}, ["Bark"]), ({".json": b'{"label_id": [0, 2]}'}, ["0", "2"]),
-    ({".json": b'{"target": 5, "category": "Bark"}'}, ["Bark"]), ({".json": b'{"text": "a dog"}'}, []),
+    ({".json": b'{"label": "Bark"}'}, ["Bark"]), ({".JSON": b'{"label": "Bark"}'}, ["Bark"]),
+    ({".json": b'{"label": ["Bark", "Rain"]}'}, ["Bark", "Rain"]),
+    ({".json": b'{"labels": ["Bark"], "text": "a dog"}'}, ["Bark"]),
+    ({".json": b'{"label_id": [0, 2]}'}, ["0", "2"]), ({".json": b'{"text": "a dog"}'}, []),
+    ({".json": b'{"target": 5, "category": "Bark"}'}, ["Bark"]),
     ({".cls": b"7"}, ["7"]), ({".cls": b"Bark\n"}, ["Bark"]), ({".txt": b"Bark"}, ["Bark"]), ({}, []),
-    ({".txt": b"a dog barks", ".json": b'{"label": "Bark"}'}, ["Bark"]), ({".JSON": b'{"label": "Bark"}'}, ["Bark"]),
+    ({".txt": b"a dog barks", ".json": b'{"label": "Bark"}'}, ["Bark"]),
     ({".json": b'["Bark"]'}, []), ({".json": b'{"label": null}'}, []), ({".png": b"x", ".cls": b"0"}, ["0"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_before", [False, True])
@@ -412,7 +425,8 @@ def test_labels_beside_the_sound(tmp_path, sidecars, labels, is_before):
 def test_classes_choose_the_labels(tmp_path, capsys):
     """By index, display name or mid, all become mids; what is none of them is left out and named."""
     (tmp_path / "classes.csv").write_text(CLASSES)
-    records = [{"label": ["Bark, loud"], "label_id": [1]}, {"label_id": [2, 0]}, {"labels": ["/m/c"]}, {"label": "Owl"}, {}]
+    named = {"label": ["Bark, loud"], "label_id": [1]}
+    records = [named, {"label_id": [2, 0]}, {"labels": ["/m/c"]}, {"label": "Owl"}, {}]
     files = {}
     for i, record in enumerate(records):
         files[f"{i}.wav"] = clip_bytes(i)
@@ -424,15 +438,15 @@ def test_classes_choose_the_labels(tmp_path, capsys):
     assert "'Owl' is not among --classes" in bad_of(tmp_path / "packed.tsv")[f"{tmp_path}/x.tar/3.wav"]
     said = capsys.readouterr().out
     assert "becomes" not in said
-    assert "1 clip without label" in said
+    assert "1 clips without label" in said
 
 
 def test_names_with_dots_and_several_sounds_of_a_key(tmp_path):
     """WebDataset's key ends at the first dot: a label of the whole name goes before one of the key."""
     files = {
         "Zbc_30.000.wav": clip_bytes(0), "Zbc_30.000.cls": b"a", "Zbc_30.500.wav": clip_bytes(1),
-        "Zbc_30.500.cls": b"b", "mix.left.flac": clip_bytes(2, "FLAC"), "mix.right.flac": clip_bytes(3, "FLAC"),
-        "mix.cls": b"c",
+        "Zbc_30.500.cls": b"b", "mix.left.flac": clip_bytes(2, "FLAC"),
+        "mix.right.flac": clip_bytes(3, "FLAC"), "mix.cls": b"c",
     }  # fmt: skip
     write_tar(tmp_path / "x.tar", files)
     pack(tmp_path, "x.tar")
@@ -440,7 +454,7 @@ def test_names_with_dots_and_several_sounds_of_a_key(tmp_path):
 
 
 def test_what_else_is_in_a_tar(tmp_path):
-    """Folders and what macOS adds are no clips; links, clips that are damaged, and labels without sound are named."""
+    """Folders and what macOS adds are no clips; links, damaged clips, and labels without sound are named."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         folder = tarfile.TarInfo("a")
         folder.type = tarfile.DIRTYPE
@@ -513,9 +527,10 @@ def test_a_damaged_header_costs_its_clip(tmp_path, capsys, noise):
 
 
 def test_two_tar_files_in_one(tmp_path):
-    """As `cat` makes them, and with a global header, as git does: every clip, and nothing is called damaged."""
+    """As `cat` makes them, and with a global header, as git does: every clip, nothing is called damaged."""
+    form = dict(format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"})
     for i in range(2):
-        write_tar(tmp_path / f"{i}.tar", web_dataset(2, 2 * i), format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"})
+        write_tar(tmp_path / f"{i}.tar", web_dataset(2, 2 * i), **form)
     (tmp_path / "both.tar").write_bytes((tmp_path / "0.tar").read_bytes() + (tmp_path / "1.tar").read_bytes())
     assert pack(tmp_path, "both.tar") == 0
     assert len(rows_of(tmp_path / "packed.tsv")) == 4
@@ -526,7 +541,7 @@ def test_a_large_tar_takes_little_memory(tmp_path):
     """tarfile keeps all members that it has seen."""
     header = tarfile.TarInfo("x.wav").tobuf()
     with open(tmp_path / "x.tar", "wb") as file:
-        for i in range(5_000):
+        for i in range(2_000):
             file.write(tarfile.TarInfo(f"{i:08d}.wav").tobuf())
         file.write(bytes(1024))
     assert len(header) == 512
@@ -534,16 +549,16 @@ def test_a_large_tar_takes_little_memory(tmp_path):
     n_entries = sum(1 for _ in shards.entries_of(str(tmp_path / "x.tar"), {}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n_entries == 5_000
+    assert n_entries == 2_000
     assert peak < 500_000
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("x.tar", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer: run git lfs pull"),
+    ("x.tar", POINTER, "a Git LFS pointer: run git lfs pull"),
     ("x.tar", b"<!DOCTYPE html><html>Sign in</html>", "an HTML page"), ("x.tar", b"", "empty"),
-    ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
-    ("x.parquet", b"PAR1" + bytes(1000), "is no parquet file"), ("x.tar.gz", b"\x1f\x8b\x08\0\0", "unpack it"),
-    ("gone.tar", None, "no file .*gone.tar"), ("*.tar", None, "no file .*[*].tar"), ("x.tar", "folder", "no file"),
+    ("x.parquet", POINTER, "a Git LFS pointer"), ("x.parquet", b"PAR1" + bytes(1000), "is no parquet file"),
+    ("x.tar.gz", b"\x1f\x8b\x08\0\0", "unpack or rename it"), ("gone.tar", None, "no file .*gone.tar"),
+    ("*.tar", None, "no file .*[*].tar"), ("x.tar", "folder", "no file"),
 ])  # fmt: skip
 def test_shards_that_are_none_are_named_before_the_work(tmp_path, name, data, message):
     """In one line; another shard before it is not begun."""
@@ -611,7 +626,7 @@ def test_a_parquet_file_as_audioset_has_it(tmp_path, script, write_parquet):
 @pytest.mark.parametrize("columns, features, labels", [
     (dict(label=[1, 0]), {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}, [["dog"], ["cat"]]),
     (dict(label=[-1, 0]), {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}, [[], ["cat"]]),
-    (dict(labels=[[1], [0, 1]]), {"labels": {"feature": {"names": ["cat", "dog"]}, "_type": "Sequence"}}, [["dog"], ["cat", "dog"]]),
+    (dict(labels=[[1], []]), {"labels": {"feature": {"names": ["cat", "dog"]}}}, [["dog"], []]),
     (dict(labels=[[1], [0, 1]]), {"labels": [{"names": ["cat", "dog"]}]}, [["dog"], ["cat", "dog"]]),
     (dict(label=[1, 0]), None, [["1"], ["0"]]), (dict(label=["dog", "cat"]), None, [["dog"], ["cat"]]),
     (dict(classID=[3, 1], **{"class": ["dog_bark", "car_horn"]}), None, [["dog_bark"], ["car_horn"]]),
@@ -635,7 +650,8 @@ def test_sound_in_other_columns(tmp_path, write_parquet):
     assert pack(tmp_path, "a.parquet", "b.parquet", "c.parquet") == 0
     expected = np.concatenate([pcm_of(data) for data in [*wavs, *wavs, sounds(1)[0]["bytes"]]])
     assert np.array_equal(np.fromfile(tmp_path / "packed.pcm", "<i2"), expected)
-    assert "the row holds no sound" in bad_of(tmp_path / "packed.tsv")[f"{tmp_path}/c.parquet//elsewhere/x.wav"]
+    (reason,) = bad_of(tmp_path / "packed.tsv").values()
+    assert reason == "the row holds no sound"
     for columns in (dict(text=["a"]), dict(a=[b"x"], b=[b"y"])):
         write_parquet("d.parquet", columns)
         with pytest.raises(InputError, match="which of the columns .* is the sound"):
