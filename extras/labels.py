@@ -151,14 +151,14 @@ class Files:
         for resolve in (os.path.abspath, os.path.realpath):
             self.folders.append(os.path.join(nfc(resolve(folder)), ""))
         self.exact: dict[str, Path] = {}  # by the path below the folder
-        self.endings: dict[str, Path | None] = {}  # by its last parts, with and without suffix; None: several
+        self.endings: dict[str, Path | None] = {}  # by last parts, suffix or not, lower case; None: several
         self.depth: dict[Path, int] = {}
         self.find = functools.cache(self.look_up)
         for path in paths:
             self.exact[path.relative_to(folder).as_posix()] = path
         for name, path in list(self.exact.items()):
             self.exact.setdefault(nfc(name), path)
-            parts = nfc(name).split("/")
+            parts = nfc(name).lower().split("/")
             self.depth[path] = len(parts)
             for i in range(len(parts)):
                 ending = "/".join(parts[i:])
@@ -178,17 +178,17 @@ class Files:
             name = unquote(name.split("?d=")[-1])
         name = posixpath.normpath(name)
         for key in (name, *self.below(name)):
-            path = self.exact.get(key) or self.endings.get(key)
+            path = self.exact.get(key) or self.endings.get(key.lower())
             if path:
                 return path, ""
-        parts = name.split("/")
+        parts = name.lower().split("/")
         for i in range(1, len(parts)):
             path = self.endings.get("/".join(parts[i:]))
             if path and self.depth[path] == len(parts) - i:
                 return path, "/".join(parts[:i])
         upload = re.fullmatch(r"(.*upload/(?:\d+/)?[0-9a-z]+-)([^/]+)", name)
         if upload:  # Label Studio puts a code before the name
-            return self.endings.get(upload[2]), upload[1]
+            return self.endings.get(upload[2].lower()), upload[1]
         return None, ""
 
     def below(self, name: str) -> Iterator[str]:
@@ -318,7 +318,7 @@ def collect(rows: list[list[str]], columns: Columns, files: Files) -> Labels:
         cell = row[columns.file] if columns.file < len(row) else ""
         path, place = files.find(cell)
         if path is None:
-            is_several = nfc(cell.strip()) in files.endings
+            is_several = nfc(cell.strip()).lower() in files.endings
             problems.append((cell, "several files have this name" if is_several else "no such file"))
             continue
         places[path].add(place)

@@ -166,8 +166,10 @@ def write_manifest(
     for line, problem in tqdm(rows, "scan", len(files), unit="file", disable=None):
         if line:
             lines.append(line)
-        if problem:
-            (kept if line else left_out).append(problem)
+        if line and problem:
+            kept.append(problem)
+        elif problem:
+            left_out.append(problem)
     left_out += [f"{printable(name)}\t{reason}" for name, reason in bad]
     if lines and old and not force:
         is_same = sorted(old.lines) == sorted(map(os.fsencode, lines))
@@ -300,8 +302,8 @@ class Done(NamedTuple):
 def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, timeout: float = 30) -> int:
     """Decode manifests, tar or parquet files into one .pcm file, and list its clips in `output`.
     Started again, it goes on where it was: `output`.partial has a hash of the sources, then lines
-    source<TAB>kind<TAB>text. The text is a line of the manifest (kind "clip") or of .bad ("left out", "kept" if
-    the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if anything is lost."""
+    source<TAB>kind<TAB>text. The text is a line of the manifest (kind "clip") or of .bad ("left out", "kept"
+    if the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if anything is lost."""
     if not output.endswith(".tsv") or output in sources:
         raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
     partial = Path(f"{output}.partial")
