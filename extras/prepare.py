@@ -228,8 +228,9 @@ def scan(folder: str, output: str, labels: str | None = None, force: bool = Fals
     elif labels == "":
         for path in paths:
             first, *rest = path.relative_to(folder).parts
-            if rest:
-                found[path] = [nfc(first)]
+            label = nfc(first).strip()
+            if rest and label:
+                found[path] = [label]
     files = [(path, found.get(path, [])) for path in paths]
     if labels is not None:
         files = [(path, own) for path, own in files if own]
