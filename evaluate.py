@@ -492,7 +492,7 @@ def run_script(main: Callable[[], int]) -> None:
     """Run a script to its exit status. The user's mistakes are told in one line, by one process: the others
     wait 5 s, in which torchrun ends them. Ends by os._exit: Python would wait for a read that hangs."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
-    if not torch.cuda.is_available():  # else NCCL tells on stderr what happened
+    if not torch.cuda.is_available() or "WORLD_SIZE" not in os.environ:  # else NCCL says what happened there
         # Keep stderr for Python: libmpg123 warns there of much that is fine, and names no file
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
