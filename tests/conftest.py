@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -52,9 +53,27 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def bad_files(folder: Path) -> dict[str, str]:
+    """Broken audio of many kinds, and a word of what is said about each."""
+    wav = (folder / "clip 0.wav").read_bytes()
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not audio at all")
+    (folder / "truncated.flac").write_bytes(b"fLaC" + b"\0" * 20)
+    (folder / "header only.wav").write_bytes(wav[:44])
+    soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
+    soundfile.write(folder / "short.wav", np.ones(100) / 2, 16_000)
+    soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    (folder / "folder.wav").mkdir()
+    return {
+        "missing.wav": "no such file", "empty.wav": "empty", "text.wav": "a text file",
+        "truncated.flac": "unreadable", "header only.wav": "too short", "silent.wav": "silent",
+        "short.wav": "too short", "nan.wav": "its samples reach nan", "folder.wav": "no such file",
+    }  # fmt: skip
+
+
 class Script:
-    """A script of the project in a process of its own, which starter.py starts at once; under torchrun if there
-    are to be several. Output goes to the files `out` and `err`."""
+    """A script of the project in a process of its own, which starter.py starts at once; under torchrun if
+    there are to be several. Output goes to the files `out` and `err`."""
 
     def __init__(self, command: list, folder: Path, out: Path, err: Path, processes: int = 1, **environment):
         argv = list(map(str, command))
@@ -102,7 +121,7 @@ def start_starter() -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tests" / "starter.py")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes)
-    atexit.register(process.stdin.close)  # then it ends
+    atexit.register(process.communicate)  # closes its input, so that it ends
     return process
 
 

@@ -1,7 +1,8 @@
 """Starts scripts at once: it has imported what takes seconds, and each script runs in a copy of it (a fork).
 
-Reads JSON lines. {"argv", "cwd", "env", "out", "err"} starts a script and is answered with its process number;
-{"pid"} asks how that script ended: null while it runs, else its exit status, or minus the signal that ended it.
+Reads JSON lines. {"argv", "cwd", "env", "out", "err"} starts a script; the answer is its process number.
+{"pid"} asks how that script ended: null while it runs, else its exit status, or minus the signal that ended
+it.
 The program "torchrun" is PyTorch's, and the processes that it starts are copies, too.
 """
 
