@@ -6,6 +6,7 @@ import os
 import sys
 import unicodedata
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def read_classes(path: str | os.PathLike) -> dict[str, str]:
     the released label_descriptors.csv (index,label, without header), or a label a line. Raises InputError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
+        lines = [line for line in unicodedata.normalize("NFC", text).split("\n") if line.strip()]
         rows = list(csv.reader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the classes in {path}: {first_line(error)}") from None
@@ -64,18 +65,30 @@ def write_table(path: Path, model: AudioClassifier, counts: Tensor, precision: T
     rows = [("label", "name", "clips", "average_precision")]
     for (label, name), count, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
         rows.append((label, name, count, f"{value:.6f}"))
-    folder = path.parent
-    stem = path.stem
-    for number in itertools.count(2):  # a second evaluation leaves the table of the first alone
-        if not path.exists():
-            break
-        path = folder / f"{stem}{number}.csv"
+    if os.path.isdir(path):
+        path = path / "per_class.csv"
     try:
-        with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(rows)
-        print(f"each class: {path}", file=sys.stderr)
+        file = open_new(path)
+        try:
+            with file:
+                csv.writer(file).writerows(rows)
+        except OSError:
+            os.remove(file.name)  # half a table
+            raise
     except OSError as error:
         print(f"WARNING: no table of classes ({error}): --out names another place", file=sys.stderr)
+        return
+    print(f"each class: {file.name}", file=sys.stderr)
+
+
+def open_new(path: Path) -> IO:
+    """Open a file for writing; if there is one of that name, another with a number behind the name."""
+    new = path
+    for number in itertools.count(2):
+        try:
+            return open(new, "x", newline="", encoding="utf-8", errors="surrogateescape")
+        except FileExistsError:
+            new = path.with_name(f"{path.stem}{number}{path.suffix}")
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
