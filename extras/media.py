@@ -1,0 +1,642 @@
+"""Whole audio files: find them, count and decode them from end to end, past their damage, and read with PyAV
+(pip install av) what libsndfile does not: m4a, mp4, mov, aac, webm, mka, mkv, wma, amr, ape.
+
+    find_audio      the audio files below a folder
+    count_samples   how many samples load_audio can read from a file, and what the user should know of it
+    stream          a whole file in pieces, decoded once from its beginning to its end
+    open_other      the reader that data.open_audio uses for what libsndfile refuses
+    what_is         what a file is that is neither audio nor weights
+
+mp3, Vorbis, Opus and what PyAV reads are counted by decoding, others by their header and a read at the end.
+Sound that a header leaves out shows in the bytes behind what was read: they must be padding, tags or chunks.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from data import (
+    CLIP_FRAMES, FILTER_REACH, FRAME_LENGTH, MAX_SAMPLES, SAMPLE_RATE, InputError, clip_samples, load_audio,
+    open_audio, resample, whole_rate,
+)  # fmt: skip
+
+OTHER_SUFFIXES = ".m4a .m4b .mp4 .mov .aac .webm .mka .mkv .wma .amr .ape".split()  # read by PyAV
+AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
+AUDIO_SUFFIXES.update(OTHER_SUFFIXES)
+TOOL_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+# What FFmpeg may use: no demuxer of playlists, and none of what libsndfile reads
+DEMUXERS = "aac,amr,amrnb,amrwb,ape,asf,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
+DECODERS = (
+    "aac,aac_latm,ac3,eac3,alac,amrnb,amrwb,ape,flac,mp3,mp3float,opus,vorbis,wmav1,wmav2,wmapro,wmalossless,"
+    "wmavoice,pcm_u8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be"
+)
+FLAC_HEAD = b"fLaC\0\0\0\x22"
+BLOCK = 8192  # frames decoded at a time
+WARM_UP = 4608  # frames that may be wrong where decoding begins anew in an mp3
+LEFT_OVER = 0.5  # seconds behind the claimed end that need not be sound
+SHORTEST_GAP = 0.5  # seconds: between the times of two packets this much or more is missing sound,
+LONGEST_GAP = 60.0  # and this much a clock that was set anew
+LONGEST_HOLE = 2**20  # bytes of an mp3 in which the end of damage is looked for
+SLACK = 575  # frames that may be missing without a remark: less than a frame of mp3
+
+
+# ----- Files below a folder --------------------------------------------------------------------------------
+
+
+def find_audio(folder: str | os.PathLike) -> list[Path]:
+    """Audio files below a folder, sorted; through links, but not in circles. Hidden files and the folders of
+    tools are left out, with a line on stderr. Raises InputError if there are none."""
+
+    def warn(error: OSError) -> None:
+        print(f"WARNING: {error.filename} cannot be opened: {error.strerror}", file=sys.stderr)
+
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder")
+    paths = []
+    hidden = []
+    seen = set()
+    for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
+        subfolders.sort()
+        in_tool = any(map(is_hidden, Path(where).relative_to(folder).parts))
+        place = (os.path.realpath(where), in_tool)  # what a tool's folder links to may be met again
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        for name in names:
+            path = Path(where, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in AUDIO_SUFFIXES and (in_tool or is_hidden(name)):
+                hidden.append(path)
+            elif suffix in AUDIO_SUFFIXES:
+                paths.append(path)
+            elif not suffix and not in_tool and not os.path.exists(path):  # it may have been a folder
+                warn(FileNotFoundError(2, "a link to nothing", str(path)))
+    if hidden:
+        first = min(hidden).relative_to(folder)
+        print(f"left out: {len(hidden)} files that are hidden or a tool's, such as {first}", file=sys.stderr)
+    if not paths:
+        raise InputError(f"no audio files below {folder} (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
+    return sorted(paths)
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in TOOL_FOLDERS
+
+
+def what_is(path: str | os.PathLike) -> str:
+    """What a file is that was taken for audio or weights, or why it cannot be opened; "" if not known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        return error.strerror
+    text = head.removeprefix(b"\xef\xbb\xbf").strip()
+    if not head:
+        return "empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run git lfs pull"
+    if re.match(rb"<!doctype html|<.*<html|<html", text, re.IGNORECASE | re.DOTALL):
+        return "an HTML page: download the file again"
+    if re.match(rb"<\?xml|<\w+>", text):
+        return "an XML page: download the file again"
+    if re.search(rb"[^\s -\xff]", head) is None:  # no control characters
+        return f"a text file, {text[:40]!r}"
+    return ""
+
+
+# ----- What libsndfile does not read -----------------------------------------------------------------------
+
+
+def container_of(path: str | os.PathLike) -> str:
+    """The kind of a file that PyAV may read, by its name or its first bytes; "" if it is none."""
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix in OTHER_SUFFIXES:
+        return suffix[1:]
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):
+        return "mp4"
+    for kind, magic in (("webm", b"\x1aE\xdf\xa3"), ("wma", b"0&\xb2u"), ("amr", b"#!AMR"), ("ape", b"MAC ")):
+        if head.startswith(magic):
+            return kind
+    return ""
+
+
+def open_other(path: str | os.PathLike, error: soundfile.LibsndfileError) -> "MediaFile":
+    """Open with PyAV what libsndfile refused with `error`. Raises InputError, which says what the file is."""
+    what = what_is(path)
+    if what:
+        raise InputError(what)
+    kind = container_of(path)
+    if not kind:
+        raise InputError(f"unreadable: {error.error_string}")
+    try:
+        import av
+    except ImportError:
+        raise InputError(f"{kind}: pip install av, or convert with ffmpeg") from None
+    try:
+        return MediaFile(path, kind)
+    except av.FFmpegError as av_error:
+        raise InputError(f"{kind}, unreadable: {av_error.strerror}") from None
+
+
+class MediaFile:
+    """A file that FFmpeg decodes, with the methods of soundfile.SoundFile that reading forward needs.
+    Damaged packets become silence of their length; `read` raises InputError there, so that training names the
+    piece, and `blocks` goes on. Nothing in the file can lead to another file or address."""
+
+    format = "AV"
+    subtype = ""
+
+    def __init__(self, path: str | os.PathLike, kind: str):
+        import av
+
+        self.error = av.FFmpegError
+        self.file = open(path, "rb")
+        options = dict(fd=str(self.file.fileno()), protocol_whitelist="fd", format_whitelist=DEMUXERS)
+        options.update(codec_whitelist=DECODERS, max_probe_packets="1")
+        self.container = av.open("fd:", container_options=options)
+        self.track = self.container.streams.best("audio")
+        if self.track is None:
+            raise InputError(f"this {kind} has no sound")
+        codec = self.track.codec_context
+        if codec is None or codec.name not in DECODERS.split(","):
+            raise InputError(f"the sound of this {kind} has a codec that is not read: convert it with ffmpeg")
+        codec.options = dict(err_detect="crccheck+explode")
+        self.samplerate = 0
+        self.channels = 0
+        self.position = 0  # the next frame
+        self.source = fill_gaps(self.decode())
+        self.left, self.is_good = next(self.source, (b"", True))  # decoded, not read; tells rate and channels
+        if not len(self.left):
+            raise InputError(f"nothing of this {kind} can be decoded")
+        # How many there are shows at the end; load_audio reads what it finds below this
+        self.frames = (MAX_SAMPLES - 2**26) * self.samplerate // SAMPLE_RATE
+        self.claimed = 0
+        self.slack = self.samplerate // 10  # frames by which the claim may be wrong
+        if self.track.duration and kind != "aac":  # where it is a guess
+            self.claimed = round(self.track.duration * self.track.time_base * self.samplerate)
+        elif self.container.duration and kind != "aac":
+            self.claimed = self.container.duration * self.samplerate // 1_000_000
+            if self.container.streams.video:  # which may be longer than the sound
+                self.slack += self.claimed // 50
+
+    def decode(self) -> Iterator[np.ndarray | int]:
+        """Arrays (n, C) and, for what is damaged, the number of frames."""
+        packets = self.container.demux(self.track)
+        clock = 0.0  # seconds at which the last packet began
+        n_since = 0  # frames since then
+        while True:
+            try:
+                packet = next(packets, None)
+            except self.error:  # the container itself is damaged or cut
+                return
+            if packet is None:
+                return
+            rate = self.samplerate or self.track.codec_context.sample_rate
+            if packet.pts is not None:
+                before = clock
+                clock = float(packet.pts * packet.time_base)
+                missing = round((clock - before) * rate) - n_since
+                n_since = 0
+                if self.samplerate and SHORTEST_GAP < missing / rate < LONGEST_GAP:
+                    yield missing  # FFmpeg passed over packets
+            try:
+                frames = packet.decode()
+            except self.error:
+                gap = round(min(1.0, float((packet.duration or 0) * packet.time_base)) * rate)
+                n_since += gap
+                yield gap
+                continue
+            for frame in frames:
+                form = (frame.sample_rate, frame.layout.nb_channels)
+                if not self.samplerate:
+                    self.samplerate, self.channels = form
+                if form != (self.samplerate, self.channels):
+                    raise InputError("its sample rate or number of channels changes: convert it with ffmpeg")
+                n_since += frame.samples
+                yield to_float(frame)
+
+    def take(self, frames: int) -> tuple[np.ndarray, bool]:
+        """The next frames, (n, C), at most as many and only at the end none; and whether they are sound."""
+        if not len(self.left):
+            self.left, self.is_good = next(self.source, (self.left, True))
+        block = self.left[:frames]
+        self.left = self.left[frames:]
+        self.position += len(block)
+        return block, self.is_good
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """The rest of the file: (n, C) float32, and whether it is sound or silence in place of damage."""
+        block, is_good = self.take(BLOCK)
+        while len(block):
+            yield block, is_good
+            block, is_good = self.take(BLOCK)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, frame: int) -> int:
+        """Decode and drop what lies before `frame`; only forward."""
+        if frame - self.position > 60 * self.samplerate:
+            say_slow()
+        while self.position < frame:
+            block, _ = self.take(frame - self.position)
+            if not len(block):
+                break
+        return self.position
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """The next frames, (n, C) float32, fewer only at the end. Raises InputError if they are damaged."""
+        blocks = [self.left[:0]]
+        end = self.position + frames
+        while self.position < end:
+            block, is_good = self.take(end - self.position)
+            if not is_good:
+                raise InputError(f"damaged at {(self.position - len(block)) / self.samplerate:.1f} s")
+            if not len(block):
+                break
+            blocks.append(block)
+        return np.concatenate(blocks)
+
+    def __enter__(self) -> "MediaFile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.source.close()
+        self.container.close()
+        self.file.close()
+
+
+def to_float(frame) -> np.ndarray:
+    """An av.AudioFrame -> (n, C) float32 in [-1, 1]."""
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
+    if samples.dtype.kind == "u":
+        samples = samples / full_scale - 1
+    if samples.dtype.kind == "i":
+        samples = samples / full_scale
+    return np.ascontiguousarray(samples.T, np.float32)
+
+
+def fill_gaps(parts: Iterator[np.ndarray | int]) -> Iterator[tuple[np.ndarray, bool]]:
+    """Arrays (n, C) and lengths of gaps -> (array, whether it is sound): silence in the gaps, but not at the
+    end, where there is just less."""
+    gap = 0
+    for part in parts:
+        if isinstance(part, int):
+            gap += part
+        elif len(part):
+            while gap:
+                n = min(gap, BLOCK)
+                yield np.zeros((n, part.shape[1]), np.float32), False
+                gap -= n
+            yield part, True
+
+
+@functools.cache  # once in a process
+def say_slow() -> None:
+    print("m4a, webm and the like are decoded from their beginning for every piece, which is slow in long "
+          "files: `prepare.py pack` decodes them once", file=sys.stderr)  # fmt: skip
+
+
+# ----- Whole files -----------------------------------------------------------------------------------------
+
+
+class Forward(soundfile.SoundFile):
+    """Reads on without seeking after each read, as SoundFile does: an mp3 frame takes bits from those before
+    it, which a seek makes libmpg123 forget."""
+
+    def __init__(self, raw, byte: int = 0):
+        raw.seek(byte)
+        super().__init__(raw.fileno(), closefd=False)
+
+    def seekable(self) -> bool:
+        return False
+
+
+class WholeFile:
+    """A file decoded once, from its beginning to its end, in bounded memory; `open_whole` makes it.
+    libsndfile reads `raw` by its descriptor, so that raw.tell() says how much of the file that took."""
+
+    def __init__(self, file, raw):
+        self.file = file
+        self.raw = raw
+        self.first_byte = 0  # of the sound
+        if file.format != "AV":
+            self.file = Forward(raw)
+            self.first_byte = raw.tell()
+        self.rate = whole_rate(file.samplerate)
+        self.claimed = claimed_frames(file)
+        if file.subtype in ("VORBIS", "OPUS"):
+            self.claimed = max(self.claimed, last_page(file, raw))
+        if self.claimed * SAMPLE_RATE // self.rate >= MAX_SAMPLES:
+            hours = self.claimed / self.rate / 3600
+            raise InputError(f"claims {hours:.0f} hours: its header is wrong, convert it")
+        self.decoded = 0  # frames, with the silence in place of damage
+        self.damaged = 0  # frames of that silence
+        self.readable = 0  # frames that load_audio can reach
+        self.is_broken = False  # whether the decoder gave up on damage
+        self.missed = 0.0  # seconds of sound behind what the header claims
+
+    def reaches_end(self) -> bool:
+        """Whether the header counts frames, so that decoding is not needed, and the last one can be read."""
+        file = self.file
+        if file.format in ("AV", "MP3") or file.subtype in ("VORBIS", "OPUS"):
+            return False
+        try:
+            file.seek(self.claimed - 1)
+            if not len(file.read(1)):
+                return False
+        except soundfile.LibsndfileError:
+            return False
+        self.decoded = self.claimed
+        self.readable = self.claimed
+        self.look_behind()
+        return True
+
+    def blocks(self) -> Iterator[tuple[Tensor, bool]]:
+        """The whole file: (n,) mono float32, and whether it is sound or silence in place of damage."""
+        if self.file.format == "AV":
+            blocks = self.file.blocks()
+        else:
+            blocks = fill_gaps(self.decode())
+        for block, is_good in blocks:
+            yield torch.from_numpy(block).mean(1), is_good
+            self.decoded += len(block)
+            if not is_good:
+                self.damaged += len(block)
+        if not self.is_broken or self.file.format != "MP3":
+            self.readable = self.decoded
+        if self.file.format != "AV" and self.decoded >= self.claimed:
+            self.look_behind()
+
+    def decode(self) -> Iterator[np.ndarray | int]:
+        """What libsndfile decodes: arrays (n, C) and, for what is damaged, the number of frames."""
+        self.file = Forward(self.raw)
+        is_mp3 = self.file.format == "MP3"
+        at = 0
+        left = self.file.frames  # to read more would be an error in FLAC
+        while left > 0 or (is_mp3 and self.is_broken):  # behind damage libmpg123 only guesses how many
+            block = ()
+            has_failed = False
+            try:
+                block = self.file.read(min(BLOCK, left), dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError:
+                has_failed = True
+            if len(block):
+                yield block
+                at += len(block)
+                left -= len(block)
+                continue
+            gap = 0
+            if is_mp3:
+                gap = self.go_on_in_mp3(at)
+            elif has_failed:
+                gap = self.go_on(at)
+            if (gap or has_failed) and not self.is_broken:
+                self.is_broken = True
+                self.readable = at
+            if not gap:
+                return
+            yield gap
+            at += gap
+            left = self.file.frames - at
+            if is_mp3:
+                left = self.file.frames - WARM_UP
+
+    def go_on(self, at: int) -> int:
+        """Open again at frames further and further behind `at`: how many were passed over, 0 if it fails."""
+        step = BLOCK
+        while at + step < self.claimed:
+            if self.begin_anew(0, at + step):
+                return step + WARM_UP
+            step *= 2
+        return 0
+
+    def go_on_in_mp3(self, at: int) -> int:
+        """The same from the next bytes that look like the head of a frame: to seek in mp3 is to decode."""
+        end = self.raw.tell()
+        frames_a_byte = at / max(1, end - self.first_byte)
+        if sound_behind(self.raw, end, "MP3") * frames_a_byte < LEFT_OVER * self.rate:
+            return 0
+        self.raw.seek(end)
+        heads = re.finditer(rb"\xff[\xe2-\xfe]", self.raw.read(LONGEST_HOLE))
+        for head in itertools.islice(heads, 1000):
+            byte = self.begin_anew(end + head.start(), 0)
+            if byte:
+                return WARM_UP + round((byte - end) * frames_a_byte)
+        return 0
+
+    def begin_anew(self, byte: int, frame: int) -> int:
+        """Open again and drop what may be wrong at first: the byte where the sound begins, 0 if it fails."""
+        try:
+            file = Forward(self.raw, byte)
+            first_byte = self.raw.tell()
+            if frame:
+                file.seek(frame)
+            n = len(file.read(WARM_UP))
+        except soundfile.LibsndfileError:
+            return 0
+        if n < WARM_UP or (file.samplerate, file.channels) != (self.file.samplerate, self.file.channels):
+            return 0
+        self.file = file
+        return first_byte
+
+    def look_behind(self) -> None:
+        """Find how many seconds of sound there are behind those that the header claims."""
+        end = self.raw.tell()
+        seconds_a_byte = self.decoded / self.rate / max(1, end - self.first_byte)
+        self.missed = sound_behind(self.raw, end, self.file.format) * seconds_a_byte
+
+    def remark(self) -> str:
+        """What the user should know of the file, or ""; once it has been decoded."""
+        claimed = self.claimed / self.rate
+        decoded = self.decoded / self.rate
+        slack = getattr(self.file, "slack", SLACK)
+        said = []
+        if self.missed > 0.2:
+            said.append(f"claims {claimed:.1f} s and holds {claimed + self.missed:.1f} s")
+        if self.decoded < self.claimed - slack:
+            said.append(f"claims {claimed:.2f} s, {decoded:.2f} s can be decoded")
+        if self.damaged:
+            said.append(f"{self.damaged / self.rate:.2f} s are damaged")
+        if self.readable < self.decoded:
+            said.append(f"only `prepare.py pack` reads what follows {self.readable / self.rate:.2f} s")
+        return "; ".join(said)
+
+
+@contextlib.contextmanager
+def open_whole(path: str | os.PathLike) -> Iterator[WholeFile]:
+    """Open a file to decode all of it. Raises InputError for whatever goes wrong until it is closed."""
+    with open_audio(path) as file, open(path, "rb", buffering=0) as raw:
+        yield WholeFile(file, raw)
+
+
+def claimed_frames(file) -> int:
+    """Frames that an open file claims to have, 0 if it does not say."""
+    return getattr(file, "claimed", file.frames)
+
+
+def claimed_seconds(path: str | os.PathLike) -> float:
+    """Length of a file as it says itself, 0 if it does not say or cannot be read."""
+    try:
+        with open_audio(path) as file:
+            return claimed_frames(file) / file.samplerate
+    except InputError:
+        return 0.0
+
+
+def last_page(file, raw) -> int:
+    """Frames of an Ogg file by its last page, which libsndfile may miss behind damage; 0 if it is absurd."""
+    raw.seek(0)
+    head = raw.read(200)
+    size = os.fstat(raw.fileno()).st_size
+    raw.seek(max(0, size - 2**17))  # a page has up to 65,307 bytes
+    page = raw.read().rpartition(b"OggS")[2]
+    n_frames = int.from_bytes(page[2:10], "little")
+    if file.subtype == "OPUS":
+        n_frames = n_frames * file.samplerate // 48_000 - file.samplerate // 10  # less what is not heard
+    if page[10:14] not in head:
+        n_frames += file.frames  # of another stream, behind this one
+    if n_frames > 10 * file.frames + file.samplerate:
+        return 0
+    return n_frames
+
+
+def sound_behind(raw, at: int, form: str) -> int:
+    """How many bytes from `at` on are neither padding nor tags nor chunks, and so must be sound."""
+    size = os.fstat(raw.fileno()).st_size
+    if size - at >= 2**32:  # whatever the bytes are: the header's 32 bits were too few, and wrapped
+        return size - at
+    while at < size:
+        raw.seek(at)
+        head = raw.read(2**16)
+        n = len(head) - len(head.lstrip(b"\0\xff")) or length_of_tag(head, form)
+        if not n or at + n > size:
+            break
+        at += n
+    return max(0, size - at)
+
+
+def length_of_tag(head: bytes, form: str) -> int:
+    """Bytes of the tag, or the chunk of a container, that begins here; 0 if none does."""
+    if head.startswith(b"TAG"):
+        return 128
+    if head.startswith(b"APETAGEX"):
+        return 32 + int.from_bytes(head[12:16], "little")
+    if re.match(rb"ID3[\0-\x0f]", head):  # not the chunk named "ID3 "
+        size = 0
+        for byte in head[6:10]:
+            size = 128 * size + byte
+        return 10 + size
+    name = head[:4]
+    if name in (b"RIFF", b"FORM") or not all(32 <= byte < 127 for byte in name):
+        return 0
+    if form == "CAF":
+        return 12 + int.from_bytes(head[4:12], "big")
+    if form in ("AIFF", "SVX"):
+        return 8 + int.from_bytes(head[4:8], "big")
+    return 8 + int.from_bytes(head[4:8], "little")
+
+
+def holds_several(raw) -> bool:
+    """Whether FLAC files were joined, in which libFLAC seeks into either."""
+    n_heads = 0
+    tail = b""
+    raw.seek(0)
+    for block in iter(functools.partial(raw.read, 2**20), b""):
+        n_heads += (tail + block).count(FLAC_HEAD)
+        tail = block[1 - len(FLAC_HEAD) :]
+    return n_heads > 1
+
+
+def count_samples(path: str | os.PathLike) -> tuple[int, str]:
+    """Samples at 16 kHz that load_audio can read from a file, and what the user should know of it or "", for
+    example that it claims more. Raises InputError if it cannot be used, or holds more than it claims: that
+    would be lost, because libsndfile stops there."""
+    with open_whole(path) as whole:
+        if whole.file.format == "FLAC" and holds_several(whole.raw):
+            raise InputError("holds several FLAC files, joined end to end: convert it")
+        if not whole.reaches_end():
+            for _ in whole.blocks():
+                pass
+        remark = whole.remark()
+        seconds = whole.readable / whole.rate
+        n_samples = whole.readable * SAMPLE_RATE // whole.rate
+        is_broken = whole.is_broken
+        if whole.missed > LEFT_OVER + 0.02 * seconds:
+            raise InputError(f"{remark}: convert it")
+    if n_samples < FRAME_LENGTH:
+        raise InputError(f"too short: {seconds:.3f} s, a frame has 0.025 s; {remark}".removesuffix("; "))
+    if n_samples >= MAX_SAMPLES:
+        raise InputError(f"has {seconds / 3600:.0f} hours: cut it into parts")
+    if is_broken:
+        try:
+            load_audio(path, 0, clip_samples(CLIP_FRAMES), allow_silence=True)  # at least its first piece
+        except InputError as error:
+            raise InputError(f"{error} ({remark})") from None
+    return n_samples, remark
+
+
+def stream(path: str | os.PathLike, width: int, hop: int = 0) -> Iterator[tuple[Tensor, str]]:
+    """Decode a whole file in pieces of `width` samples, one every `hop` (by default `width`, at most that),
+    both at 16 kHz: (piece (S,), mono float32, what is wrong with it or ""). The last may be shorter.
+    A piece equals that stretch of the whole file, decoded in one read and resampled; damage is silence, and
+    said. What the user should know of the file as a whole comes last, with an empty piece. Raises InputError
+    if the file cannot be read at all."""
+    hop = hop or width
+    with open_whole(path) as whole:
+        blocks = whole.blocks()
+        period = SAMPLE_RATE // math.gcd(whole.rate, SAMPLE_RATE)  # of the resampling filter's phase
+        buffer = torch.empty(2, 0)  # (2, n) at the file's rate: sound, and 1 where it is silence for damage
+        begin = 0  # the sample at 16 kHz with which the buffer begins
+        for start in itertools.count(0, hop):
+            first = begin * whole.rate // SAMPLE_RATE
+            n_wanted = math.ceil((start + width + FILTER_REACH) * whole.rate / SAMPLE_RATE) - first
+            parts = [buffer]
+            n = buffer.shape[1]
+            while n < n_wanted:
+                block, is_good = next(blocks, (None, True))
+                if block is None:
+                    break
+                parts.append(torch.stack([block, torch.full_like(block, not is_good)]))
+                n += len(block)
+            buffer = torch.cat(parts, dim=1)
+            sound, damage = buffer[:, :n_wanted]
+            if len(sound):
+                sound = resample(sound, whole.rate)
+            piece = sound[start - begin :][:width]
+            if not len(piece):
+                break
+            problem = ""
+            if damage.any():
+                problem = f"damaged at {(first + int(damage.argmax())) / whole.rate:.1f} s"
+            yield piece, problem
+            begin = max(0, start + hop - FILTER_REACH) // period * period
+            buffer = buffer[:, begin * whole.rate // SAMPLE_RATE - first :]
+        remark = whole.remark()
+    if remark:
+        yield torch.empty(0), remark
+
+
+def silence_libraries() -> None:
+    """Let only Python write to stderr: libmpg123 warns there of much that is harmless, and names no file."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
