@@ -1,148 +1,252 @@
-"""What is pre-training worth? A table: fine-tuned from a checkpoint and from scratch; probes; log-mel input.
+"""How much does pre-training help? A table: fine-tuned from a checkpoint and from scratch; probes; log-mel input.
 
     python extras/compare.py                                                               the demo's table
     python extras/compare.py --init "runs/pre{seed}" --seeds 3 --data train.tsv --eval_data test.tsv ...
     python extras/compare.py --init CKPT --data "train{fold}.tsv" --eval_data "test{fold}.tsv" ...
 
-Every other flag is one of finetune.py's. With --seeds N everything is done N times, where {seed} in --init
-stands for the seed; and for each {fold} of which --data and --eval_data are there. The table has the mean
-over folds, and over seeds mean and standard deviation. Stopped, it stops the fine-tuning at work, which
-saves; started again, it goes on from there. Runs, and the table as table.json, are in --out_dir.
+Every other flag is one of finetune.py's. With --seeds N everything is done N times, and {seed} in --init
+stands for the seed. It is done for each fold, too: {fold} in --data, --eval_data and --init stands for what
+the names of the manifests have in that place, 1 to 5 or 01 to 10. The table has the mean over folds, and over
+seeds mean and standard deviation. When it is stopped, the fine-tuning at work saves; the same command goes
+on. Runs, and the table as table.json, are in --out_dir.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import glob
 import json
+import re
 import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import STOPPING, InputError, write_lines  # noqa: E402
+from data import InputError, write_lines  # noqa: E402
 from evaluate import (  # noqa: E402
-    init_distributed, mean_and_std, parse_config, pooled, probe, run_script, sounding,
+    STOP, Parser, init_distributed, parse_config, pooled, probe, run_script,
 )  # fmt: skip
-from finetune import PRESETS, FinetuneConfig, fit_presets, open_inputs  # noqa: E402
+from finetune import PRESETS, FinetuneConfig, open_inputs  # noqa: E402
 from model import MODELS, read_pretrained  # noqa: E402
 
 ROWS = ("tuned", "scratch", "probes")  # what --rows may name
+FOLD = "{fold}"
+
+
+# ----- Folds -----------------------------------------------------------------------------------------------
+
+
+def find_folds(pattern: str) -> dict[str, str]:
+    """What {fold} stands for in a path, in order -> the file. It is a number, as the name has it, or if there
+    are none, any text; the same wherever {fold} comes twice."""
+    parts = pattern.split(FOLD)
+    first, *others = map(re.escape, parts)
+    form = f"{first}(?P<fold>[^/]+?){'(?P=fold)'.join(others)}"
+    found = {}
+    for path in glob.glob("*".join(map(glob.escape, parts))):
+        match = re.fullmatch(form, path)
+        if match:
+            found[match["fold"]] = path
+    numbers = {int(text): text for text in found if text.isdecimal()}
+    order = [numbers[number] for number in sorted(numbers)] or sorted(found)
+    if len(numbers) < sum(map(str.isdecimal, found)):
+        raise InputError(f"{pattern} has a fold twice, such as 1 and 01: {', '.join(sorted(found))}")
+    return {text: found[text] for text in order}
+
+
+def check_folds(pattern: str, folds: dict[str, str]) -> None:
+    """Raise InputError if folds are missing between those that were found, or beside them."""
+    if len(folds) < 2:
+        raise InputError(f"{pattern}: {FOLD} must stand for two folds at least, found {len(folds)}")
+    numbers = [int(text) for text in folds if text.isdecimal()]
+    missing = []
+    if numbers:
+        missing = sorted(set(range(min(numbers), max(numbers))) - set(numbers))
+    if missing:
+        raise InputError(f"{pattern} has no fold {', '.join(map(str, missing))}, but {', '.join(folds)}")
+    loose = re.sub(r"0+\{fold\}", FOLD, pattern)  # fold0{fold} finds 01 to 09, and 10 is beside them
+    beside = set(find_folds(loose).values()) - set(folds.values())
+    if beside:
+        raise InputError(f"{pattern} leaves out {', '.join(sorted(beside))}: {loose} finds all folds")
+
+
+def list_folds(config: FinetuneConfig) -> list[str]:
+    """What {fold} stands for in --data and --eval_data; [""] without folds. Raises InputError for gaps."""
+    patterns = [path for path in (config.data, config.eval_data) if FOLD in path]
+    found = [find_folds(pattern) for pattern in patterns]
+    if not found:
+        return [""]
+    for pattern, own, others in zip(patterns, found, reversed(found)):
+        lacking = [fold for fold in others if fold not in own]
+        if lacking:
+            raise InputError(f"{pattern} has no fold {', '.join(lacking)}, which the other manifests have")
+        check_folds(pattern, own)
+    return list(found[0])
+
+
+# ----- Rows of the table -----------------------------------------------------------------------------------
+
+
+def flags_of(config: FinetuneConfig) -> list[str]:
+    """The command line that has these settings."""
+    flags = []
+    for name, value in vars(config).items():
+        if value is False:
+            flags.append(f"--no-{name}")
+        elif value is True:
+            flags.append(f"--{name}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def fine_tune(config: FinetuneConfig) -> float:
-    """Score of the last evaluation of a fine-tuning, done or made now."""
-    settings = vars(config).items()
-    flags = [f"--{name}={value}" for name, value in settings if not isinstance(value, bool)]
-    flags += [f"--{'' if value else 'no-'}{name}" for name, value in settings if isinstance(value, bool)]
-    command = [sys.executable, ROOT / "finetune.py", *flags]
-    process = subprocess.Popen(command, start_new_session=True)  # so that a signal reaches it once: from here
-    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOPPING}
+    """Score of the last evaluation of a fine-tuning, done or made now. If it fails or is stopped, so does
+    this script, with the same exit status."""
+    command = [sys.executable, ROOT / "finetune.py", *flags_of(config)]
+    process = subprocess.Popen(command, stderr=sys.stderr)  # run_script has closed its file descriptor 2
+
+    def pass_on(number: int, _) -> None:
+        process.send_signal(number)
+
+    STOP.handle(pass_on)
     status = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    STOP.handle(signal.SIG_DFL)
+    if status < 0:  # killed by a signal
+        status = 128 - status
     if status:  # it has said why
-        sys.exit(status if status > 0 else 128 - status)
-    records = map(json.loads, Path(config.out_dir, "log.jsonl").read_text().splitlines())
-    return [record[config.metric] for record in records if config.metric in record][-1]
+        sys.exit(status)
+    scores = []
+    for line in Path(config.out_dir, "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # others may have written there
+            scores.append(json.loads(line).get(config.metric))
+    return [score for score in scores if score is not None][-1]
 
 
 def log_mel_statistics(spec: Tensor) -> Tensor:
-    """Without a network: mean and std over time of each log-mel band, (B, 1, F, M) -> (B, 2M)."""
-    return mean_and_std(spec[:, 0], sounding(spec))
+    """Without a network: mean and deviation over time of each mel bin, without padding and digital silence,
+    (B, 1, F, M) -> (B, 2*M)."""
+    x = spec[:, 0]                                                           # (B, F, M)
+    is_sound = (x.amax(2, keepdim=True) > x.amin(2, keepdim=True)).float()   # (B, F, 1)
+    total = is_sound.sum(1, keepdim=True).clamp(min=1)                       # (B, 1, 1)
+    mean = (x * is_sound).sum(1, keepdim=True) / total                       # (B, 1, M)
+    square = (x - mean).square() * is_sound                                  # (B, F, M)
+    std = (square.sum(1, keepdim=True) / total).sqrt()                       # (B, 1, M)
+    return torch.cat([mean, std], dim=1).flatten(1)                          # (B, 2*M)
 
 
 def size_of(checkpoint: str) -> str:
     """The row of model.MODELS that a checkpoint's network is. Raises InputError if it is none."""
     network = read_pretrained(checkpoint)["network"]
+    sizes = ("width", "depth", "heads", "mlp_ratio", "patch_size")
     for name, model in MODELS.items():
-        if all(network[k] == getattr(model, k) for k in "width depth heads mlp_ratio patch_size".split()):
+        if all(network[size] == getattr(model, size) for size in sizes):
             return name
     raise InputError(f"{checkpoint} has the size of none of the models {', '.join(MODELS)}")
 
 
-def rows_of(config: FinetuneConfig, rows: list[str]) -> dict[str, float]:
-    """The rows of the table for one seed and fold."""
-    (_, _, device), found = init_distributed(), {}
-    tuned = dataclasses.replace(config, out_dir=f"{config.out_dir}/pretrained")
-    model = config.model if set(rows) == {"tuned"} else size_of(config.init)
-    scratch = dataclasses.replace(config, init="scratch", model=model, out_dir=f"{config.out_dir}/scratch")
-    if "tuned" in rows:
-        found["fine-tuned, pre-trained"] = fine_tune(tuned)
-    if "scratch" in rows:
-        found["fine-tuned, from scratch"] = fine_tune(scratch)
-    for name, own in (("pre-trained", tuned), ("random encoder", scratch)) if "probes" in rows else ():
-        train, test, model = open_inputs(own)
+def probe_all(tuned: FinetuneConfig, scratch: FinetuneConfig, device: torch.device) -> dict[str, float]:
+    """Linear probes: of both encoders by bands, and of the log-mel spectrogram."""
+    found = {}
+    for name, config in (("pre-trained", tuned), ("random encoder", scratch)):
+        _, train, test, model = open_inputs(config)
+        data = (model.config, train, test, device, config.metric)
         encoder = model.to(device).eval().encoder
-        data = (model.config, train, test, device, config.workers, config.metric)
-        for kind, score in probe(pooled(encoder), *data).items():
-            found[f"{kind.removeprefix('probe_')} probe, {name}"] = score
-    if "probes" in rows:
-        for kind, score in probe(log_mel_statistics, *data).items():
-            found[f"{kind.removeprefix('probe_')} probe, log-mel"] = score
+        scores = probe(pooled(encoder), *data, workers=config.workers)
+        found[f"linear probe, {name}"] = scores["probe_linear"]
+    scores = probe(log_mel_statistics, *data, workers=config.workers)
+    found["linear probe, log-mel"] = scores["probe_linear"]
     return found
 
 
-def find_folds(config: FinetuneConfig) -> list[int]:
-    """The numbers that {fold} stands for: those of the manifests there are. Raises InputError for a gap."""
-    if "{fold}" not in config.data + config.eval_data:
-        return [0]
-    numbers = set()
-    for name in (config.data, config.eval_data):
-        before, _, after = name.partition("{fold}")
-        paths = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
-        numbers |= {int(n) for p in paths if (n := p[len(before) : len(p) - len(after)]).isdecimal()}
-    if len(numbers) < 2:
-        raise InputError(f"{config.data}: {{fold}} must stand for two folds at least")
-    return list(range(min(numbers), max(numbers) + 1))
+def rows_of(config: FinetuneConfig, rows: list[str], device: torch.device) -> dict[str, float]:
+    """The rows of the table for one seed and fold."""
+    tuned = replace(config, out_dir=f"{config.out_dir}/pretrained")
+    found = {}
+    if "tuned" in rows:
+        found["fine-tuned, pre-trained"] = fine_tune(tuned)
+    if set(rows) == {"tuned"}:
+        return found
+    model = size_of(config.init)
+    scratch = replace(config, init="scratch", model=model, out_dir=f"{config.out_dir}/scratch")
+    if "scratch" in rows:
+        found["fine-tuned, from scratch"] = fine_tune(scratch)
+    if "probes" in rows:
+        found |= probe_all(tuned, scratch, device)
+    return found
 
 
-def fill(text: str, seed: int, fold: int) -> str:
-    """The text with the numbers that {seed} and {fold} stand for."""
-    return text.replace("{seed}", str(seed)).replace("{fold}", str(fold))
+# ----- The table -------------------------------------------------------------------------------------------
+
+
+def list_runs(config: FinetuneConfig, seeds: int, folds: list[str]) -> list[FinetuneConfig]:
+    """The settings for each seed and fold, fitted to the checkpoint and labels. Raises InputError for what
+    any of them lacks, before the first has run for hours."""
+    runs = []
+    for seed in range(config.seed, config.seed + seeds):
+        for fold in folds:
+            out_dir = Path(config.out_dir)
+            if seeds > 1:
+                out_dir = out_dir / f"seed{seed}"
+            if fold:
+                out_dir = out_dir / f"fold{fold}"
+            names = {}
+            for name in ("data", "eval_data", "init"):
+                names[name] = getattr(config, name).replace("{seed}", str(seed)).replace(FOLD, fold)
+            run = replace(config, seed=seed, out_dir=str(out_dir), **names)
+            if not run.data:
+                raise InputError("--data is missing: a labelled manifest")
+            runs.append(open_inputs(run)[0])
+    return runs
+
+
+def print_row(name: str, scores: list[float], n_folds: int) -> None:
+    """Mean over folds and seeds, deviation over seeds, and each score."""
+    means = []  # over the folds of each seed
+    for first in range(0, len(scores), n_folds):
+        means.append(statistics.mean(scores[first : first + n_folds]))
+    text = f"{name:32s} {statistics.mean(means):.4f}"
+    if len(means) > 1:
+        text += f" ± {statistics.stdev(means):.4f}"
+    if len(scores) > 1:
+        text += f"  ({' '.join(f'{score:.4f}' for score in scores)})"
+    print(text)
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    """Do what the command line says; returns the exit status."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=1, help="do all this with so many seeds, from --seed on")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what the table has")
     args, rest = parser.parse_known_args()
-    presets = dict(demo=PRESETS["demo"]) | PRESETS
-    config = parse_config(FinetuneConfig, presets, rest)
-    plan, folds = [], find_folds(config)
-    first = [fill(word, config.seed, folds[0]) for word in rest]  # `own` is fitted to these
-    config = parse_config(FinetuneConfig, presets | fit_presets(first), rest)
-    if init_distributed()[1] > 1:
-        raise InputError("this needs one process, without torchrun")
+    config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | PRESETS, rest)
     if config.init == "scratch":
-        raise InputError("--init must be a checkpoint: what is from scratch is set beside it")
+        raise InputError("--init must be a checkpoint: training from scratch is compared with it")
     if args.seeds < 1:
         raise InputError("--seeds counts from 1")
-    for seed in range(config.seed, config.seed + args.seeds):
-        for fold in folds:
-            parts = [f"seed{seed}"] * (args.seeds > 1) + [f"fold{fold}"] * (len(folds) > 1)
-            own = {name: fill(getattr(config, name), seed, fold) for name in ("data", "eval_data", "init")}
-            own |= dict(seed=seed, out_dir=str(Path(config.out_dir, *parts)))
-            plan.append(dataclasses.replace(config, **own))
-    for own in plan:  # what is missing is told before the first has run for hours
-        open_inputs(own)
-        if set(args.rows) != {"tuned"}:
-            size_of(own.init)
-    found = [rows_of(own, args.rows) for own in plan]
-    n_folds, table = len(folds), {}
-    for name in found[0]:
-        table[name] = scores = [row[name] for row in found]
-        means = [statistics.mean(scores[i : i + n_folds]) for i in range(0, len(scores), n_folds)]  # a seed
-        spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
-        each = f"  ({' '.join(f'{score:.4f}' for score in scores)})" if len(scores) > 1 else ""
-        print(f"{name:32s} {statistics.mean(means):.4f}{spread}{each}")
+    _, _, device = init_distributed(alone=True)
+    folds = list_folds(config)
+    runs = list_runs(config, args.seeds, folds)
+    if set(args.rows) != {"tuned"}:
+        for run in runs:
+            size_of(run.init)  # raises InputError
+    if len(folds) > 1:
+        print(f"folds: {' '.join(folds)}", flush=True)
+    table = {}
+    for run in runs:
+        for name, score in rows_of(run, args.rows, device).items():
+            table.setdefault(name, []).append(score)
+    for name, scores in table.items():
+        print_row(name, scores, len(folds))
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    write_lines(Path(config.out_dir, "table.json"), [json.dumps({config.metric: table}, indent=1)])
+    write_lines(Path(config.out_dir, "table.json"), [json.dumps({runs[0].metric: table}, indent=1)])
     return 0
 
 
