@@ -28,15 +28,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
 from data import open_labelled  # noqa: E402
+from evaluate import save_checkpoint  # noqa: E402
+from extras.plot import plt  # noqa: E402
 from finetune import PRESETS  # noqa: E402
-from model import Encoder, load_checkpoint, save_checkpoint  # noqa: E402
-from plot import plt  # noqa: E402
+from model import Encoder, load_checkpoint  # noqa: E402
 
 SEEDS = (1, 2, 3)
 SCHEDULE = dict(
