@@ -1,4 +1,4 @@
-"""How much does pre-training help? A table: fine-tuned from a checkpoint and from scratch; probes; log-mel input.
+"""How much does pre-training help? A table: fine-tuned from a checkpoint and from scratch; probes; log-mel.
 
     python extras/compare.py                                                               the demo's table
     python extras/compare.py --init "runs/pre{seed}" --seeds 3 --data train.tsv --eval_data test.tsv ...

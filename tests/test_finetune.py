@@ -24,7 +24,8 @@ import evaluate
 import finetune
 import pretrain
 from data import (
-    AudioDataset, Batch, ClipSampler, InputError, clip_samples, collate, load_audio, open_labelled, spectrogram,
+    AudioDataset, Batch, ClipSampler, InputError, clip_samples, collate, load_audio, open_labelled,
+    spectrogram,
 )  # fmt: skip
 from evaluate import parse_config
 from finetune import (
@@ -39,8 +40,8 @@ AS20K = FinetuneConfig(**PRESETS["as20k"])
 TINY = "--preset esc50 --init scratch --model tiny --clip_frames 64 --min_samples 1600 --batch_size 8".split()
 TINY += "--workers 0 --updates 12 --warmup 2 --lr 2e-3 --log_every 1 --save_every 4 --eval_every 6".split()
 TINY += ["--data", "manifest.tsv", "--eval_data", "manifest.tsv", "--out_dir", "run"]
-PRE = "--preset demo --model tiny --clip_frames 32 --clones 2 --updates 1 --workers 0 --mask_block_time 1".split()
-PRE += "--mask_block_freq 1 --norm_mean -5 --norm_std 4 --out_dir pre --data manifest.tsv".split()
+PRE = "--preset demo --model tiny --clip_frames 32 --clones 2 --updates 1 --workers 0".split()
+PRE += "--mask_block_time 1 --mask_block_freq 1 --norm_mean -5 --norm_std 4 --out_dir pre --data manifest.tsv".split()
 
 
 def read_log(path) -> list[dict]:
@@ -399,7 +400,8 @@ def test_each_clip_is_augmented_by_its_own_numbers(folder, kind):
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 2), (2, 2), (1, 4)])
 def test_augmentation_is_the_same_for_any_number_of_processes_and_parts(folder, world, accumulate):
-    config = FinetuneConfig(**PLAIN | dict(roll=True, noise=True, mixup=0.8, specaug_freq=0.5, specaug_time=0.5))
+    everything = dict(roll=True, noise=True, mixup=0.8, specaug_freq=0.5, specaug_time=0.5)
+    config = FinetuneConfig(**PLAIN | everything)
     spec, y = one_update(folder, config, 3)
     ours, y_ours = one_update(folder, config, 3, world, accumulate)
     torch.testing.assert_close(ours, spec)
