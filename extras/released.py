@@ -1,10 +1,14 @@
-"""Released weights: read by model.read_pretrained, and written.
+"""Weights in the layouts of others: read by model.read_pretrained, and written.
 
-    python extras/released.py CKPT DIR    a Hugging Face folder with a model card; in it, fairseq.pt
+    python extras/released.py CKPT DIR              a Hugging Face folder with its code and a model card, and
+                                                    fairseq.pt, for the released code
+    python extras/released.py CKPT DIR --published  the folder as published, for the published code
+    python extras/released.py CKPT DIR --onnx       with model.onnx too: samples in, probabilities out
 
-Any checkpoint is a source, own or released; what was read comes out bit for bit. What is read is data:
-nothing in a file is run. The Hugging Face layout, which needs the package safetensors, has neither decoder
-nor teacher.
+CKPT is any checkpoint that model.read_pretrained knows. What is read comes out bit for bit, and a layout whose
+code would compute something else is not written. Nothing in a file that is read is run. The Hugging Face
+layouts, which need the package safetensors, have neither decoder nor teacher. extras/export.py writes the
+layouts, extras/graphs.py the ONNX file.
 """
 
 import argparse
@@ -18,26 +22,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from model import (  # noqa: E402
-    MAX_PATCH_ROWS, NORM_EPS, CheckpointError, ModelConfig, load_checkpoint, read_pretrained, refusing,
-    sincos_2d,
+    MAX_PATCH_ROWS, NORM_EPS, CheckpointError, ModelConfig, load_checkpoint, refusing, sincos_2d,
 )  # fmt: skip
 
-# Ours, the fairseq name (of fine-tuned files behind "model."), the Hugging Face name (behind "model.")
-IMAGE = "modality_encoders.IMAGE."
-NAMES = (
-    ("encoder.cls_token", IMAGE + "extra_tokens", "extra_tokens"),
-    ("encoder.patch_embed.", IMAGE + "local_encoder.proj.", "local_encoder.proj."),
-    ("encoder.norm_pre.", IMAGE + "context_encoder.norm.", "pre_norm."),
-    ("encoder.blocks.", "blocks.", "blocks."),
-    ("decoder.blocks.", IMAGE + "decoder.blocks.", None),
-    ("decoder.proj.", IMAGE + "decoder.proj.", None),
-    ("pos_embed", IMAGE + "fixed_positional_encoder.positions", "fixed_positional_encoder.positions"),
+# How we begin a tensor's name, and how they do
+HUGGING_FACE_NAMES = (  # all behind "model."
+    ("encoder.cls_token", "extra_tokens"),
+    ("encoder.patch_embed.", "local_encoder.proj."),
+    ("encoder.norm_pre.", "pre_norm."),
+    ("encoder.blocks.", "blocks."),
+    ("pos_embed", "fixed_positional_encoder.positions"),
 )
-CODE = "worstchan/EAT-base_epoch30_pretrain--"  # its code for Hugging Face's transformers reads our exports
-AUTO = dict(Config="configuration_eat.EATConfig", Model="modeling_eat.EATModel")
-NORMS = {"esc50_eval": (-6.627, 5.359), "spcv2_eval": (-6.846, 5.565)}  # flags of fairseq's task settings
+IMAGE = "modality_encoders.IMAGE."
+FAIRSEQ_NAMES = (  # of a fine-tuned file behind "model."
+    ("encoder.cls_token", IMAGE + "extra_tokens"),
+    ("encoder.patch_embed.", IMAGE + "local_encoder.proj."),
+    ("encoder.norm_pre.", IMAGE + "context_encoder.norm."),
+    ("encoder.blocks.", "blocks."),
+    ("decoder.blocks.", IMAGE + "decoder.blocks."),  # 0.weight is their 0.0.weight
+    ("decoder.proj.", IMAGE + "decoder.proj."),
+    ("pos_embed", IMAGE + "fixed_positional_encoder.positions"),
+)
+Names = tuple[tuple[str, str], ...]
+
+PUBLISHED_CODE = "worstchan/EAT-base_epoch30_pretrain"  # a repository on the Hub; transformers takes it from there
+PUBLISHED_EPS = 1e-5  # of the LayerNorm before the head, in that code; in fairseq's it is ours, 1e-6
+NORMALISATION = {  # flags of fairseq's task settings
+    "esc50_eval": (-6.627, 5.359),
+    "spcv2_eval": (-6.846, 5.565),
+}
+AUDIOSET = (-4.268, 4.569)
 
 # What released files hold beside tensors and plain values, in their settings: read as inert placeholders
 INERT_TYPES = (
@@ -48,39 +65,58 @@ INERT_TYPES = (
 
 
 class Inert:
-    """In the place of an object of one of INERT_TYPES: whatever it was made of is dropped."""
+    """Takes the place of an object of INERT_TYPES; what that was made of is dropped."""
 
     def __init__(self, *_):
         pass
 
-    __setstate__ = __init__
+    def __setstate__(self, _):
+        pass
+
+
+# ----- Read ------------------------------------------------------------------------------------------------
 
 
 def read_released(path: str, state: dict) -> dict:
-    """What model.read_pretrained returns, of released weights: a fairseq file, of which `state` is what
-    could be read without INERT_TYPES, a Hugging Face folder, or the name of one on the Hub (owner/name).
+    """What model.read_pretrained returns, of released weights: a fairseq file, a Hugging Face folder or the name
+    of one on the Hub (owner/name). `state` is what load_checkpoint has read from it, {} if it failed.
     Raises CheckpointError."""
     is_name = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", path)  # runs/NAME is a run folder, even if missing
     if is_name and not os.path.lexists(os.path.dirname(path)):
         path = fetch(path)
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, "model.safetensors")):
-        path = os.path.join(path, "model.safetensors")
+    weights = os.path.join(path, "model.safetensors")
+    if os.path.isfile(weights):
+        path = weights
     if os.path.isdir(path):
         raise CheckpointError(f"no checkpoint in {path}: looked for best.pt, last.pt and model.safetensors")
+    if os.path.isfile(path):
+        check_kind(path)
     if path.endswith(".safetensors"):
         with refusing(path):
             return from_hugging_face(Path(path))
-    with torch.serialization.safe_globals([(Inert, name) for name in INERT_TYPES]):
-        state = state or load_checkpoint(path)
+    if not state:
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT_TYPES]):
+            state = load_checkpoint(path)
     with refusing(path):
         if not isinstance(state.get("model"), dict) or not isinstance(state.get("cfg"), dict):
             raise ValueError(f"it holds {', '.join(map(str, list(state)[:5]))}")
         return from_fairseq(state)
 
 
+def check_kind(path: str) -> None:
+    """Raise CheckpointError for a file that is evidently something else, such as a Git LFS pointer or an HTML
+    page, and OSError if it cannot be opened."""
+    from extras.media import what_is
+
+    with open(path, "rb"):
+        kind = what_is(path)
+    if kind:
+        raise CheckpointError(f"{path} is not a checkpoint of this model, but {kind}")
+
+
 def fetch(name: str) -> str:
-    """The folder with config and weights of a model on the Hugging Face Hub, downloaded once; never code.
-    Raises CheckpointError."""
+    """Download config and weights of a model on the Hugging Face Hub, never code: their folder. What has been
+    downloaded before is kept. Raises CheckpointError."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -88,80 +124,119 @@ def fetch(name: str) -> str:
         raise CheckpointError(f"there is no file or folder {name}; {cure}") from None
     try:
         folder = os.path.dirname(hf_hub_download(name, "config.json"))
-        hf_hub_download(name, "model.safetensors", revision=os.path.basename(folder))  # of the same commit
-        return folder
+        commit = os.path.basename(folder)
+        hf_hub_download(name, "model.safetensors", revision=commit)
     except Exception as error:  # whatever its HTTP library makes of the network
-        said = f"{type(error).__name__}: {(str(error).strip() or 'no more').splitlines()[0]}"
-        raise CheckpointError(f"there is no file or folder {name}, nor on the Hub ({said})") from None
+        reason = str(error).strip() or "no more"
+        reason = f"{type(error).__name__}: {reason.splitlines()[0]}"
+        raise CheckpointError(f"there is no file or folder {name}, nor on the Hub ({reason})") from None
+    return folder
 
 
-def renamed(weights: dict[str, Tensor], column: int, prefix: str) -> dict[str, Tensor]:
-    """Released weights by our names, fp32, without their positions, which must be the fixed ones: we compute
-    them. Raises ValueError for a name that is not known."""
+def our_name(name: str, names: Names, prefix: str) -> str:
+    """What we call a tensor of theirs. Raises ValueError if this model has no such tensor."""
+    for ours, theirs in names:
+        if name.startswith(prefix + theirs):
+            own = ours + name.removeprefix(prefix + theirs)
+            if own.startswith("decoder.blocks."):
+                own = own.replace(".0.", ".", 1)
+            return own
+    own = name.removeprefix("model.")
+    if not own.startswith(("fc_norm.", "head.")):
+        raise ValueError(f"it holds {name}, which this model does not have")
+    return own
+
+
+def to_ours(weights: dict[str, Tensor], names: Names, prefix: str) -> dict[str, Tensor]:
+    """Their tensors by our names, in fp32. Their positions are left out: we compute them. Raises ValueError for
+    an unknown tensor, or if the positions are not the fixed ones."""
     found = {}
     for name, value in weights.items():
-        for ours, *theirs in NAMES:
-            theirs = prefix + theirs[column] if theirs[column] else None
-            if theirs and (name == theirs or theirs.endswith(".") and name.startswith(theirs)):
-                own = ours + name.removeprefix(theirs)
-                own = own.replace(".0.", ".", 1) if own.startswith("decoder.blocks.") else own
-                found[own] = value.float()
-                break
-        else:
-            head = name.removeprefix("model.")
-            if not head.startswith(("fc_norm.", "head.")):
-                raise ValueError(f"it holds {name}, which this model does not have")
-            found[head] = value.float()
-    table = found.pop("pos_embed")[0]
+        found[our_name(name, names, prefix)] = value.float()
+    table = found.pop("pos_embed")[0]                               # (N, D)
+    width = table.shape[1]
     bands = 128 // found["encoder.patch_embed.weight"].shape[-1]
-    fixed = sincos_2d(MAX_PATCH_ROWS, bands, table.shape[1])[: len(table)]
+    fixed = sincos_2d(MAX_PATCH_ROWS, bands, width)[: len(table)]
     if len(table) > MAX_PATCH_ROWS * bands or not torch.allclose(table, fixed, rtol=0, atol=2e-3):
         raise ValueError("its positions are not the fixed sines and cosines")
     return found
 
 
-def network_of(weights: dict[str, Tensor], **claimed) -> dict:
-    """The sizes of a network, read off its tensors, and what is `claimed` of it: a ModelConfig's fields."""
+def network_of(weights: dict[str, Tensor], claimed: dict) -> dict:
+    """A ModelConfig's fields, by our tensors; for what these do not show, as `claimed`."""
     width, _, patch_size, _ = weights["encoder.patch_embed.weight"].shape
-    sizes = dict(width=width, patch_size=patch_size, depth=sum(k.endswith("mlp.fc1.bias") for k in weights))
-    sizes |= dict(mlp_ratio=len(weights["encoder.blocks.0.mlp.fc1.bias"]) // width)
+    sizes = dict(claimed)
+    sizes["width"] = width
+    sizes["patch_size"] = patch_size
+    sizes["depth"] = count(r"encoder\.blocks\.\d+\.mlp\.fc1\.bias", weights)
+    sizes["mlp_ratio"] = len(weights["encoder.blocks.0.mlp.fc1.bias"]) // width
     if "decoder.blocks.0.weight" in weights:
-        conv = weights["decoder.blocks.0.weight"]  # (D, D/groups, kernel, kernel)
-        sizes |= dict(decoder_groups=width // conv.shape[1], decoder_kernel=conv.shape[2])
-        sizes |= dict(decoder_depth=sum(bool(re.match(r"decoder\.blocks\.\d+\.weight", k)) for k in weights))
-    return asdict(ModelConfig(**claimed | sizes))
+        _, group, kernel, _ = weights["decoder.blocks.0.weight"].shape
+        sizes["decoder_depth"] = count(r"decoder\.blocks\.\d+\.weight", weights)
+        sizes["decoder_groups"] = width // group
+        sizes["decoder_kernel"] = kernel
+    return asdict(ModelConfig(**sizes))
 
 
-def name_classes(labels: list[str], weights: dict[str, Tensor]) -> dict[str, str]:
+def count(pattern: str, names: dict) -> int:
+    return sum(re.fullmatch(pattern, name) is not None for name in names)
+
+
+def name_classes(names: list[str], weights: dict[str, Tensor]) -> dict[str, str]:
+    """A classifier's classes: label -> name, with numbers where names are missing or not unique."""
     numbered = [f"class {i}" for i in range(len(weights["head.bias"]))]
-    names = labels if len(labels) == len(numbered) else numbered
-    return dict(zip(names if len({*names}) == len(names) else numbered, names))
+    if len(names) != len(numbered):
+        names = numbered
+    labels = names
+    if len(set(names)) < len(names):
+        labels = numbered
+    return dict(zip(labels, names))
 
 
 def from_fairseq(state: dict) -> dict:
-    cfg, is_tuned, flags = state["cfg"], "head.weight" in state["model"], state["cfg"].get("task") or {}
-    model = cfg["model"]["pretrained_model_args"]["model"] if is_tuned else cfg["model"]
+    is_tuned = "head.weight" in state["model"]
+    tuned = state["cfg"]["model"]
+    model = tuned
+    prefix = ""
+    if is_tuned:
+        model = tuned["pretrained_model_args"]["model"]
+        prefix = "model."
     if model.get("layer_norm_first"):
         raise ValueError("its blocks normalise first, these do so last")
-    tensors = {name: value for name, value in state["model"].items() if name != "_ema"}
-    weights = renamed(tensors, 0, "model." if is_tuned else "")
-    frames = cfg["model"]["target_length"] if is_tuned else model["modalities"]["image"]["target_length"]
-    mean, std = next((NORMS[flag] for flag in NORMS if flags.get(flag)), (-4.268, 4.569))
-    claimed = dict(heads=model["num_heads"], clip_frames=frames, norm_mean=mean, norm_std=std)
-    decoder = model["modalities"]["image"]["decoder"]  # of a fine-tuned file, only these settings are left
-    claimed |= {f"decoder_{name}": decoder[f"decoder_{name}"] for name in ("kernel", "groups")}
-    claimed |= dict(decoder_depth=decoder["decoder_layers"])
-    network = network_of(weights, **claimed | state.get("input", {}))
+    tensors = dict(state["model"])
+    teacher = tensors.pop("_ema", None)
+    weights = to_ours(tensors, FAIRSEQ_NAMES, prefix)
+
+    flags = state["cfg"].get("task") or {}
+    mean, std = AUDIOSET
+    for flag, values in NORMALISATION.items():
+        if flags.get(flag):
+            mean, std = values
+    image = model["modalities"]["image"]
+    decoder = image["decoder"]
+    claimed = dict(
+        heads=model["num_heads"], norm_mean=mean, norm_std=std,
+        clip_frames=tuned["target_length"] if is_tuned else image["target_length"],
+        # a fine-tuned file has no more of the decoder than these
+        decoder_depth=decoder["decoder_layers"], decoder_kernel=decoder["decoder_kernel"],
+        decoder_groups=decoder["decoder_groups"],
+    )  # fmt: skip
+    claimed.update(state.get("input", {}))  # written by `export`
+    network = network_of(weights, claimed)
     if not is_tuned:
-        teacher = renamed(state["model"]["_ema"], 0, "") if "_ema" in state["model"] else {}
+        teacher = to_ours(teacher, FAIRSEQ_NAMES, "") if teacher else {}
         teacher = {name.removeprefix("encoder."): value for name, value in teacher.items()}
         return dict(network=network, student=weights, teacher=teacher)
+
     labels = (state.get("task_state") or {}).get("labels") or {}
-    head = dict(classes=name_classes(sorted(labels, key=lambda label: int(labels[label])), weights))
-    head |= dict(pooling="mean" if cfg["model"].get("prediction_mode") == "MEAN_POOLING" else "cls")
-    head |= dict(exclusive=bool(flags.get("esc50_eval")), norm_eps=NORM_EPS)
-    weights = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
-    return dict(network=network, classifier=weights, head=head | state.get("head", {}))
+    labels = sorted(labels, key=lambda label: int(labels[label]))
+    head = dict(
+        classes=name_classes(labels, weights), exclusive=bool(flags.get("esc50_eval")), norm_eps=NORM_EPS,
+        pooling="mean" if tuned.get("prediction_mode") == "MEAN_POOLING" else "cls",
+    )  # fmt: skip
+    head.update(state.get("head", {}))  # written by `export`
+    weights = {name: value for name, value in weights.items() if not name.startswith("decoder.")}
+    return dict(network=network, classifier=weights, head=head)
 
 
 def from_hugging_face(path: Path) -> dict:
@@ -170,143 +245,69 @@ def from_hugging_face(path: Path) -> dict:
     except ImportError:
         need = "Hugging Face folders need the package safetensors: pip install safetensors"
         raise CheckpointError(need) from None
-    config = json.loads(path.with_name("config.json").read_text())
+    config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
     with safe_open(path, "pt") as file:
-        weights = renamed({name: file.get_tensor(name) for name in file.keys()}, 1, "model.")
-        ours = (file.metadata() or {}).get("eat")  # written by `export`, lost when others save the tensors
-    ours = json.loads(ours or config.get("eat", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        ours = (file.metadata() or {}).get("eat")  # lost when others save the tensors anew
+    if "network" in config:
+        return from_own_folder(config, tensors)
+
+    weights = to_ours(tensors, HUGGING_FACE_NAMES, "model.")
+    ours = json.loads(ours or config.get("eat", "{}"))  # written by `export`
     if config.get("layer_norm_first") or config.get("norm_eps", NORM_EPS) != NORM_EPS:
         raise ValueError("its blocks are not those of the published models (layer_norm_first, norm_eps)")
     claimed = dict(heads=config["num_heads"], mel_bins=config["mel_bins"], clip_frames=config["img_size"][0])
-    network = network_of(weights, **claimed | ours.get("input", {}))
+    claimed.update(ours.get("input", {}))
+    network = network_of(weights, claimed)
     if "head.weight" not in weights:
         return dict(network=network, student=weights, teacher=None)
     names = {int(i): name for i, name in config.get("id2label", {}).items()}  # in any order
-    classes = name_classes([names[i] for i in sorted(names)], weights)
-    head = dict(classes=classes, norm_eps=1e-5)  # as the published code makes this norm
-    return dict(network=network, classifier=weights, head=head | ours.get("head", {}))
+    names = [names[i] for i in sorted(names)]
+    head = dict(classes=name_classes(names, weights), norm_eps=PUBLISHED_EPS)
+    head.update(ours.get("head", {}))
+    return dict(network=network, classifier=weights, head=head)
 
 
-def released(weights: dict[str, Tensor], column: int, prefix: str) -> dict[str, Tensor]:
-    """Our names -> the released ones behind `prefix`; with the table of positions."""
-    width, _, patch, _ = weights["encoder.patch_embed.weight"].shape
-    found, table = {}, sincos_2d(MAX_PATCH_ROWS, 128 // patch, width)[None]
-    for name, value in (weights | {"pos_embed": table}).items():
-        for ours, *theirs in NAMES:
-            if name.startswith(ours) and theirs[column]:
-                name = prefix + theirs[column] + name.removeprefix(ours)
-                name = re.sub(r"(decoder\.blocks\.\d+)\.", r"\1.0.", name)
-                break
-        else:  # fc_norm and head
-            name = name if column == 0 else prefix + name
-        found[name] = value.contiguous()
-    return found
-
-
-def export(source: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Write a checkpoint in both released layouts, into an empty folder.
-    Raises CheckpointError if the folder is not empty, the checkpoint cannot be read, or its classifier pools
-    by the mean, which the published Hugging Face code cannot."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise CheckpointError("this needs the package safetensors: pip install safetensors") from None
-    state, folder = read_pretrained(source), Path(folder)
-    n, head = state["network"], state.get("head")
-    if head and head.get("pooling", "cls") != "cls":
-        raise CheckpointError(f"{source} pools {head['pooling']}: the published code knows CLS only")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not an empty folder: choose another")
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = dict(input={k: n[k] for k in ("clip_frames", "norm_mean", "norm_std")})
-    ours |= dict(head=head) if head else {}
-    weights, classes = state["classifier"] if head else state["student"], head["classes"] if head else {}
-
-    encoder = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
-    metadata = dict(format="pt", eat=json.dumps(ours))
-    save_file(released(encoder, 1, "model."), folder / "model.safetensors", metadata=metadata)
-    config = dict(
-        model_type="eat", architectures=["EATModel"], embed_dim=n["width"], depth=n["depth"],
-        num_heads=n["heads"], patch_size=n["patch_size"], stride=n["patch_size"], in_chans=1,
-        mel_bins=n["mel_bins"], max_length=MAX_PATCH_ROWS, num_classes=len(classes) or 527,
-        model_variant="finetune" if head else "pretrain", mlp_ratio=float(n["mlp_ratio"]), qkv_bias=True,
-        drop_rate=0.0, attn_drop_rate=0.0, activation_dropout=0.0,
-        post_mlp_drop=0.0, start_drop_path_rate=0.0, end_drop_path_rate=0.0, layer_norm_first=False,
-        norm_eps=NORM_EPS, norm_affine=True, fixed_positions=True, img_size=[n["clip_frames"], n["mel_bins"]],
-        id2label={str(i): name for i, name in enumerate(classes.values())},
-        eat=metadata["eat"], auto_map={f"Auto{kind}": CODE + name for kind, name in AUTO.items()},
-    )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    card = model_card(folder.resolve().name, state, sum(map(torch.numel, encoder.values())))
-    (folder / "README.md").write_text(card, "utf-8", "surrogateescape")
-
-    model = released(weights, 0, "model." if head else "")
-    if state.get("teacher"):
-        model["_ema"] = released({f"encoder.{k}": v for k, v in state["teacher"].items()}, 0, "")
-    labels = {label: str(i) for i, label in enumerate(classes)}
-    fairseq = dict(
-        args=None, cfg=fairseq_settings(n, classes), model=model, criterion=None, optimizer_history=[],
-        task_state=dict(labels=labels) if head else {}, extra_state={}, last_optimizer_state=None, **ours,
-    )  # fmt: skip
-    torch.save(fairseq, folder / "fairseq.pt")
-
-
-def model_card(name: str, state: dict, n_parameters: int) -> str:
-    """The README of an exported folder: extras/model_card.md, filled in."""
-    run, training, classes, what = state.get("settings", {}), "", "", "pre-trained without labels"
-    if run.keys() >= {"batch_size", "data"}:
-        clips = f"{run['batch_size']} clips from {Path(run['data']).name}"
-        training = f"Trained for {state['step']:,} updates of {clips}."
-    if head := state.get("head"):
-        what, names = "fine-tuned", list(head["classes"].values())
-        classes = f" {len(names)} classes: {', '.join(names[:20])}{' ...' if len(names) > 20 else '.'}"
-    template = Path(__file__).with_name("model_card.md").read_text()
-    filled = dict(name=name, what=what, parameters=f"{n_parameters:,}", training=training, classes=classes)
-    return template.format(**filled, **state["network"])
-
-
-def fairseq_settings(n: dict, classes: dict) -> dict:
-    """The settings that the released code needs to build the network; it fills in the others."""
-    decoder = dict(
-        decoder_dim=n["width"], decoder_groups=n["decoder_groups"], decoder_kernel=n["decoder_kernel"],
-        decoder_layers=n["decoder_depth"], input_dropout=0.0, decoder_residual=True, projection_layers=1,
-    )  # fmt: skip
-    image = dict(
-        type="IMAGE", prenet_depth=0, num_extra_tokens=1, init_extra_token_zero=False, inverse_mask=True,
-        model_depth=n["depth"], decoder=decoder, in_chans=1, patch_size=n["patch_size"], embed_dim=n["width"],
-        fixed_positions=True, target_length=n["clip_frames"], max_length=MAX_PATCH_ROWS,
-    )  # fmt: skip
-    model = dict(
-        _name="data2vec_multi", depth=n["depth"], num_heads=n["heads"], embed_dim=n["width"],
-        mlp_ratio=float(n["mlp_ratio"]), norm_eps=NORM_EPS, norm_affine=True, layer_norm_first=False,
-        modalities=dict(image=image), supported_modality="IMAGE", average_top_k_layers=n["depth"],
-    )  # fmt: skip
-    task = dict(
-        _name="mae_image_pretraining", data=".", key="source", audio_mae=True, downsr_16hz=True,
-        target_length=n["clip_frames"],
-        **{flag: (n["norm_mean"], n["norm_std"]) == norm for flag, norm in NORMS.items()},
-    )  # fmt: skip
-    if not classes:
-        return dict(model=model, task=task)
-    tuned = dict(
-        _name="mae_image_classification", num_classes=len(classes), prediction_mode="CLS_TOKEN",
-        audio_mae=True, target_length=n["clip_frames"], use_fc_norm=True,
-        pretrained_model_args=dict(model=model, task=task),
-    )  # fmt: skip
-    return dict(model=tuned, task=dict(task, _name="mae_image_classification", key="imgs"))
+def from_own_folder(config: dict, tensors: dict[str, Tensor]) -> dict:
+    """Of a folder that brings modeling_eat.py: tensors have our names, behind "model."."""
+    weights = {name.removeprefix("model."): value.float() for name, value in tensors.items()}
+    if config["head"]:
+        head = dict(config["head"], classes=dict(config["classes"]))
+        return dict(network=config["network"], classifier=weights, head=head)
+    student = {f"encoder.{name}": value for name, value in weights.items()}
+    return dict(network=config["network"], student=student, teacher=None)
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    from evaluate import Parser
+    from extras import graphs
+    from extras.export import export
+
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("folder", help="new folder")
+    parser.add_argument("--published", action="store_true", help="for the published code of transformers 4")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx: 16 kHz samples in, numbers out")
+    parser.add_argument("--pt2", action="store_true", help="write model.pt2, likewise, for torch.export.load")
+    parser.add_argument("--licence", default="", help="of the weights, for the model card: mit, cc-by-4.0, ...")
     args = parser.parse_args()
-    export(args.checkpoint, args.folder)
-    print(f"{args.folder}: config.json, model.safetensors and README.md (Hugging Face); fairseq.pt")
+    wants_graph = args.onnx or args.pt2
+    if wants_graph:
+        graphs.check_packages(args.onnx)
+    reason = export(args.checkpoint, args.folder, args.published, args.licence)
+    files = ["config.json, model.safetensors, README.md (Hugging Face)"]
+    if reason:
+        print(f"no fairseq.pt, it would not be exact with the released code: {reason}", file=sys.stderr)
+    else:
+        files.append("fairseq.pt")
+    if wants_graph:
+        files += graphs.write(args.checkpoint, Path(args.folder), args.onnx, args.pt2)
+    print(f"{args.folder}: {'; '.join(files)}")
     return 0
 
 
 if __name__ == "__main__":
     from evaluate import run_script
+
     run_script(main)
