@@ -316,6 +316,18 @@ def draw_curve(found: dict):
     return figure
 
 
+def save_encoder(state: dict, path: Path) -> None:
+    """Save student and teacher of a pre-training run in half precision, with its settings, but for its folders."""
+    settings = dict(state["settings"])
+    for name in ("data", "out_dir", "probe_train", "probe_test"):
+        if name in settings:
+            settings[name] = Path(settings[name]).name
+    half = {}
+    for part in ("student", "teacher"):
+        half[part] = {name: value.half() for name, value in state[part].items()}
+    save_checkpoint(path, step=state["step"], settings=settings, network=state["network"], **half)
+
+
 def write_results(runs: Path) -> None:
     """laptop.json, tables.md, worth.png, curve.png and encoder.pt."""
     (runs / "laptop.json").write_text(json.dumps(collect(runs), indent=1) + "\n")
@@ -325,9 +337,7 @@ def write_results(runs: Path) -> None:
     draw_curve(found).savefig(runs / "curve.png", dpi=110)
     first = runs / f"pretrain{SEEDS[0]}"
     if (first / "done").exists():
-        state = load_checkpoint(first / "last.pt")
-        half = {part: {k: v.half() for k, v in state[part].items()} for part in ("student", "teacher")}
-        save_checkpoint(runs / "encoder.pt", step=state["step"], network=state["network"], **half)
+        save_encoder(load_checkpoint(first / "last.pt"), runs / "encoder.pt")
 
 
 def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
