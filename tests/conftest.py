@@ -72,13 +72,16 @@ def bad_files(folder: Path) -> dict[str, str]:
 
 
 class Script:
-    """A script of the project in a process of its own, which starter.py starts at once; under torchrun if
-    there are to be several. Output goes to the files `out` and `err`."""
+    """A script of the project in a process of its own, which starter.py starts at once; under torchrun, with
+    the flags `torchrun`, if there are to be several. Output goes to the files `out` and `err`."""
 
-    def __init__(self, command: list, folder: Path, out: Path, err: Path, processes: int = 1, **environment):
+    def __init__(
+        self, command: list, folder: Path, out: Path, err: Path, processes: int = 1,
+        torchrun: tuple[str, ...] = ("--standalone",), **environment,
+    ):  # fmt: skip
         argv = list(map(str, command))
         if processes > 1:
-            argv = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *argv]
+            argv = ["torchrun", *torchrun, f"--nproc_per_node={processes}", *argv]
         env = os.environ | environment
         self.pid = ask_starter(argv=argv, cwd=str(folder), env=env, out=str(out), err=str(err))
         self.status = None

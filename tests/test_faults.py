@@ -1,4 +1,4 @@
-"""A run that cannot lose work: processes killed, stopped and frozen, disks full, files damaged, bad input.
+"""A run that cannot lose work: processes killed, stopped and frozen, reads that hang, full disks, bad files.
 
 `python -m pytest` runs a short form of each; `python -m pytest -m long tests/test_faults.py` the long one.
 """
@@ -7,11 +7,9 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -29,15 +27,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, tone
+from conftest import ROOT, Script, children, is_running, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pretrain import SHORT, losses, our_lines, read_log
+from test_pretrain import SHORT, losses, our_lines, read_log, start_of
+from torch.distributed.run import parse_args
 
+import evaluate
 import pretrain
-from data import AudioDataset, InputError, Manifest, build_loader, load_audio
-from listen import count_samples
-from model import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from data import AudioDataset, InputError, Manifest, load_audio
+from evaluate import StopRequest, newest_checkpoint, parse_config, save_checkpoint
+from model import CheckpointError, load_checkpoint
 
 LONG = pytest.mark.long
 RUN = [*SHORT, "--data", ROOT / "extras" / "demo" / "pretrain.tsv", "--clip_frames", 48]
@@ -45,7 +45,8 @@ RUN = [*SHORT, "--data", ROOT / "extras" / "demo" / "pretrain.tsv", "--clip_fram
 
 def digest(out_dir: Path, name: str = "last.pt") -> str:
     """Hash of everything a checkpoint says about student, teacher, optimizer and scaler."""
-    state, total = load_checkpoint(out_dir / name), hashlib.sha256()
+    state = load_checkpoint(out_dir / name)
+    total = hashlib.sha256()
 
     def add(value):
         if isinstance(value, dict):
@@ -64,72 +65,41 @@ def digest(out_dir: Path, name: str = "last.pt") -> str:
     return total.hexdigest()
 
 
-class Job:
-    """pretrain.py, under torchrun if there are several processes, started with its output in a file.
+class Job(Script):
+    """A script, under torchrun if there are several processes, with all output in one file.
 
     With a port, one of two nodes of so many processes each.
     """
 
-    def __init__(self, folder: Path, *args, processes=2, restarts=0, program="pretrain.py", port=0):
-        node = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-        torchrun = ["-m", "torch.distributed.run", *(node if port else ["--standalone"])]
-        torchrun += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), ROOT / program, *args]
-        self.output, self.processes = open(folder / "output.txt", "a+"), processes
-        options = dict(cwd=folder, stdout=self.output, stderr=subprocess.STDOUT)
-        self.process = subprocess.Popen(list(map(str, command)), start_new_session=True, **options)
+    def __init__(
+        self, folder: Path, *args, processes: int = 2, restarts: int = 0, program: str | Path = "pretrain.py",
+        port: int = 0, output: str = "output.txt", **environment,
+    ):  # fmt: skip
+        self.output = folder / output
+        self.processes = processes
+        node = ["--standalone"]
+        if port:
+            node = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+        torchrun = (*node, f"--max_restarts={restarts}")
+        command = [ROOT / program, *args]
+        super().__init__(command, folder, self.output, self.output, processes, torchrun, **environment)
 
     def ranks(self) -> list[int]:
         """Process numbers of the training processes, by rank."""
-        if self.processes == 1:
-            return [self.process.pid]
-        return [pid for pid in children(self.process.pid) if b"pretrain.py" in command_line(pid)]
+        return [self.pid] if self.processes == 1 else children(self.pid)
 
     def wait_for(self, condition, seconds: float = 180) -> bool:
         """True as soon as the condition holds, False if the job ends first."""
         end = time.time() + seconds
         while not condition():
-            if self.process.poll() is not None:
+            if self.poll() is not None:
                 return False
             assert time.time() < end, self.text()
             time.sleep(0.01)
         return True
 
     def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
-
-    def wait(self, seconds: float = 120) -> int:
-        try:
-            return self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL to all processes; torchrun's children would survive it. Returns when they are gone."""
-        pids = [self.process.pid, *children(self.process.pid)]
-        pids += [loader for pid in pids[1:] for loader in children(pid)]
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        while any(map(command_line, pids)):
-            time.sleep(0.01)
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:  # it has just ended
-        return []
-
-
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
-        return b""
+        return self.output.read_text() if self.output.exists() else ""
 
 
 def last_step(out_dir: Path) -> int:
@@ -141,9 +111,15 @@ def saved_step(out_dir: Path) -> int:
     return load_checkpoint(newest_checkpoint(out_dir))["step"]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 # --- processes --------------------------------------------------------------------------------------------
 
-GAP = 25  # updates between kills
+GAP = 16  # updates between kills
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +139,17 @@ def uncut(tmp_path_factory):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=LONG)])
 def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
     """SIGKILL to a random rank or to all processes, at a random update or while starting; every time with
-    another number of loader processes, in mid-epoch, between two checkpoints."""
-    updates, rng, cut = GAP * (kills + 1), random.Random(kills), tmp_path / "cut"
-    args, whole = [*RUN, "--updates", updates, "--out_dir", "cut"], uncut(updates)
+    another number of loader threads, in mid-epoch, between two checkpoints. No process shows a traceback."""
+    updates = GAP * (kills + 1)
+    rng = random.Random(kills)
+    cut = tmp_path / "cut"
+    args = [*RUN, "--updates", updates, "--out_dir", "cut"]
     for kill in range(kills):
         step = GAP * kill + rng.randint(GAP // 2, GAP)
         other = ["--workers", rng.choice([0, 1, 4]), "--save_every", rng.choice([5, 7])]
         job = Job(tmp_path, *args, *other)
         if kill % 4 == 3:
-            time.sleep(rng.uniform(1, 5))
+            time.sleep(rng.uniform(0.2, 3))
         else:
             assert job.wait_for(lambda step=step: last_step(cut) >= step)
         ranks = job.ranks()
@@ -179,11 +157,15 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
             job.kill()
         else:
             os.kill(rng.choice(ranks), signal.SIGKILL)
-        assert job.wait() != 0
+        assert job.wait(120) != 0
+        assert not any(map(is_running, ranks))
     step = saved_step(cut)
     assert 0 < step < updates
     last = Job(tmp_path, *args)
-    assert last.wait(600) == 0 and f"resuming at update {step} " in last.text()
+    assert last.wait(600) == 0
+    assert f"cut, from update {step}: 2 x cpu, torch.float32\n" in last.text()
+    assert our_lines(last.text()) == []
+    whole = uncut(updates)
     assert digest(cut) == digest(whole)
     assert losses(cut) == losses(whole)
     assert [line["step"] for line in read_log(cut)] == list(range(1, updates + 1))
@@ -198,60 +180,66 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, uncut, kills):
     )),
 ])  # fmt: skip
 def test_a_signal_to_any_rank_stops_all_after_the_same_update(tmp_path, number, rank):
-    """Also a signal to all ranks and their loader processes, as a batch system sends it. What was logged is
-    saved, and the exit status of every process is 128 + the signal's number."""
-    args = [*RUN, "--updates", 400, "--out_dir", "run", "--save_every", 10_000, "--workers", 1]
+    """What was logged is saved, and the exit status of every process is 128 + the signal's number."""
+    args = [*RUN, "--updates", 4000, "--out_dir", "run", "--save_every", 10_000, "--workers", 1]
     job = Job(tmp_path, *args)
     assert job.wait_for(lambda: last_step(tmp_path / "run") >= 5)
-    seen, ranks = last_step(tmp_path / "run"), job.ranks()
-    loaders = [pid for r in ranks for pid in children(r)]
-    assert len(ranks) == 2 == len(loaders)
-    for pid in [*loaders, *ranks] if rank == "all" else [ranks[rank]]:
+    seen = last_step(tmp_path / "run")
+    ranks = job.ranks()
+    assert len(ranks) == 2
+    assert not [loader for pid in ranks for loader in children(pid)]  # these are threads
+    for pid in ranks if rank == "all" else [ranks[rank]]:
         os.kill(pid, number)
-    assert job.wait() != 0
-    step, words = saved_step(tmp_path / "run"), job.text().split()
-    why = "another process stops" if rank == 1 else f"stopped by {number.name}; the same command goes on"
+    assert job.wait(120) != 0
+    step = saved_step(tmp_path / "run")
+    why = f"stopped by {number.name}; the same command goes on"
+    if rank == 1:
+        why = "another process stops"
     assert f"update {step}: {why}" in job.text()
-    exits = [int(words[i + 2]) for i, word in enumerate(words) if word == "exitcode" and words[i + 1] == ":"]
-    assert len(exits) == 2 and set(exits) <= {128 + number, -signal.SIGTERM}  # torchrun may end the slower
+    exits = [int(status) for status in re.findall(r"exitcode +: (-?\d+)", job.text())]
+    assert len(exits) == 2
     assert 128 + number in exits
-    assert seen <= step == last_step(tmp_path / "run") < 400
+    assert set(exits) <= {128 + number, -signal.SIGTERM}  # torchrun may end the slower
+    assert seen <= step == last_step(tmp_path / "run") < 4000
+    assert our_lines(job.text()) == []
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(tmp_path):
     """It comes too late for this agreement, so that all stop after the next update."""
-    (tmp_path / "start.py").write_text(f"""
-import os, runpy, signal, sys
+    body = """
 import torch.distributed as dist
-real, seen = dist.all_reduce, []
+real = dist.all_reduce
+seen = []
 def all_reduce(x, op=dist.ReduceOp.SUM, **options):
-    seen.extend([op] if op == dist.ReduceOp.MAX else [])
-    if len(seen) == 5 and op == dist.ReduceOp.MAX and os.environ["RANK"] == "0":
-        signal.raise_signal(signal.SIGTERM)
+    if op == dist.ReduceOp.MAX:
+        seen.append(op)
+        if len(seen) == 5 and rank == 0:
+            signal.raise_signal(signal.SIGTERM)
     return real(x, op, **options)
 dist.all_reduce = all_reduce
-sys.argv[0] = "pretrain.py"
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_path({str(ROOT / "pretrain.py")!r}, run_name="__main__")
-""")
-    job = Job(tmp_path, *RUN, "--updates", 40, "--out_dir", "run", program=tmp_path / "start.py")
-    assert job.wait() != 0 and "update 6: stopped by SIGTERM" in job.text()
+"""
+    job = Job(tmp_path, *RUN, "--updates", 40, "--out_dir", "run", program=start_of(tmp_path, body))
+    assert job.wait(120) != 0
+    assert "update 6: stopped by SIGTERM" in job.text()
     assert saved_step(tmp_path / "run") == 6 == last_step(tmp_path / "run")
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_with_accumulation_and_packed_data(tmp_path, script):
     demo = ROOT / "extras" / "demo" / "pretrain.tsv"
-    script("extras/prepare.py", "pack", demo, "packed.tsv", "--workers", 0)
-    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 60]
+    root, *lines = demo.read_text().splitlines()[:101]
+    (tmp_path / "some.tsv").write_text("\n".join([str((demo.parent / root).resolve()), *lines]) + "\n")
+    script("extras/prepare.py", "pack", "some.tsv", "packed.tsv")
+    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 40]
     script("pretrain.py", *args, "--out_dir", "whole")
     job = Job(tmp_path, *args, "--out_dir", "cut", processes=1)
     assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 10)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.wait() == 128 + signal.SIGTERM
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(120) == 128 + signal.SIGTERM
     step = saved_step(tmp_path / "cut")
     said = script("pretrain.py", *args, "--out_dir", "cut", "--workers", 4).stdout
-    assert f"resuming at update {step} " in said
-    assert 10 <= step < 60 and digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert said.startswith(f"cut, from update {step}: 1 x cpu")
+    assert 10 <= step < 40
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
 def test_going_on_with_another_number_of_processes(tmp_path, train):
@@ -261,7 +249,8 @@ def test_going_on_with_another_number_of_processes(tmp_path, train):
     job = Job(tmp_path, *args, "--out_dir", "cut", "--accumulate", 2)
     assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 6)
     job.kill()
-    assert 5 <= saved_step(tmp_path / "cut") < 20 and train(*args, "--out_dir", "cut") == 0
+    assert 5 <= saved_step(tmp_path / "cut") < 20
+    assert train(*args, "--out_dir", "cut") == 0
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -269,23 +258,22 @@ def test_going_on_with_another_number_of_processes(tmp_path, train):
 def test_a_frozen_rank_ends_the_job(tmp_path, patience):
     """The others give up after --timeout. Then torchrun takes 30 s to kill the one that does not answer; the
     short form does that itself."""
-    job = Job(tmp_path, *RUN, "--updates", 1000, "--out_dir", "run", "--timeout", 0.1, "--save_every", 5)
+    job = Job(tmp_path, *RUN, "--updates", 4000, "--out_dir", "run", "--timeout", 0.05, "--save_every", 5)
     assert job.wait_for(lambda: last_step(tmp_path / "run") >= 6)
     first, frozen = job.ranks()
     os.kill(frozen, signal.SIGSTOP)
-    assert job.wait_for(lambda: b"pretrain.py" not in command_line(first), seconds=30)
+    assert job.wait_for(lambda: not is_running(first), seconds=30)
     if not patience:
         os.kill(frozen, signal.SIGKILL)
     assert job.wait(patience or 20) != 0
+    assert not is_running(frozen)
     assert saved_step(tmp_path / "run") >= 5
 
 
 def two_nodes(folder: Path, *args) -> list[Job]:
     """A job of two nodes with two processes each, both of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [Job(folder, *args, port=port) for _ in range(2)]
+    port = free_port()
+    return [Job(folder, *args, port=port, output=f"node {node}.txt") for node in range(2)]
 
 
 @LONG
@@ -302,10 +290,11 @@ def test_two_nodes_go_on_when_one_is_lost(tmp_path, train, killed):
     nodes[killed].kill()
     assert nodes[1 - killed].wait(90) != 0
     step = saved_step(tmp_path / "cut")
-    assert 0 < step < 2 * GAP and step % 7 == 0
+    assert 0 < step < 2 * GAP
+    assert step % 7 == 0
     again = two_nodes(tmp_path, *args, "--out_dir", "cut")
     assert [node.wait(300) for node in again] == [0, 0]
-    assert f"resuming at update {step} in cut: 4 x " in again[0].text()
+    assert f"cut, from update {step}: 4 x " in again[0].text() + again[1].text()
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
@@ -314,16 +303,17 @@ def test_two_nodes_go_on_when_one_is_lost(tmp_path, train, killed):
 def test_torchrun_restarts_the_job_by_itself(tmp_path, uncut):
     updates = 3 * GAP
     job = Job(tmp_path, *RUN, "--updates", updates, "--save_every", 5, "--out_dir", "cut", restarts=2)
-    for rank, step in enumerate((20, 50)):
+    for rank, step in enumerate((GAP, 2 * GAP)):
         assert job.wait_for(lambda step=step: last_step(tmp_path / "cut") >= step)
         os.kill(job.ranks()[rank], signal.SIGKILL)
-    assert job.wait() == 0
+        assert job.wait_for(lambda step=step: last_step(tmp_path / "cut") < step)
+    assert job.wait(300) == 0
     assert digest(tmp_path / "cut") == digest(uncut(updates))
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, train):
     """By a lock that ends with its process, however that ends."""
-    args = [*RUN, "--updates", 1000, "--save_every", 1, "--out_dir", "run"]
+    args = [*RUN, "--updates", 4000, "--save_every", 1, "--out_dir", "run"]
     job = Job(tmp_path, *args, processes=1)
     assert job.wait_for(lambda: last_step(tmp_path / "run") >= 1)
     with pytest.raises(InputError, match="another process is running in run: wait for it"):
@@ -331,7 +321,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, train):
     step = last_step(tmp_path / "run")
     assert job.wait_for(lambda: last_step(tmp_path / "run") > step)  # it does not notice
     job.kill()
-    with pytest.raises(InputError, match="run has other settings"):
+    with pytest.raises(InputError, match="run is another run"):
         train(*args, "--seed", 2)
 
 
@@ -348,122 +338,345 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, train, capsys, monke
         with pytest.raises(InputError, match="^another process is running in run: wait for it$"):
             train(*args)
     else:
-        assert train(*args) == 0 and last_step(tmp_path / "run") == 1
-        warning = "WARNING: no locks in run: see that one process runs in it\n"
-        assert capsys.readouterr().out.count(warning) == 1
+        assert train(*args) == 0
+        assert last_step(tmp_path / "run") == 1
+        warning = "WARNING: run cannot be locked: start only one run in it\n"
+        assert capsys.readouterr().err.count(warning) == 1
 
 
-# --- loaders ----------------------------------------------------------------------------------------------
+# --- batch systems and launchers --------------------------------------------------------------------------
 
-LOADING = {
+
+@pytest.mark.parametrize("delays", [
+    (0, 0.1, 0.8), pytest.param([0.8 * i / 9 for i in range(10)], marks=LONG),
+])  # fmt: skip
+def test_a_batch_system_signals_torchrun_and_its_processes(tmp_path, delays):
+    """As Slurm does: SIGTERM to all, torchrun last, which signals its processes again. Every run is saved and
+    no process is left over, whenever that comes."""
+    args = [*RUN, "--updates", 4000, "--save_every", 10_000, "--out_dir"]
+    for delay in delays:
+        out_dir = tmp_path / f"run{delay}"
+        job = Job(tmp_path, *args, out_dir, output=f"output{delay}.txt")
+        assert job.wait_for(lambda out_dir=out_dir: last_step(out_dir) >= 3)
+        seen = last_step(out_dir)
+        ranks = job.ranks()
+        for pid in ranks:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, signal.SIGTERM)
+        assert job.wait(60) != 0
+        assert not any(map(is_running, ranks))
+        assert seen <= saved_step(out_dir) == last_step(out_dir) < 4000
+        assert our_lines(job.text()) == []
+
+
+def test_a_later_signal_ends_the_process_at_once(monkeypatch):
+    """A repeat within ten seconds is the same request."""
+    now = [100.0]
+    ends = []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ends.append)
+    request = StopRequest()
+    assert request.number == 0
+    request.note(signal.SIGTERM, None)
+    for second in (0.0, 3.0, 9.9):
+        now[0] = 100 + second
+        request.note(signal.SIGUSR1, None)
+    assert request.number == signal.SIGTERM
+    assert ends == []
+    now[0] = 110.1
+    request.note(signal.SIGINT, None)
+    assert ends == [128 + signal.SIGINT]
+
+
+def test_slurm_sh_starts_a_run_and_requeues_what_the_time_limit_stops(tmp_path):
+    text = (ROOT / "extras" / "slurm.sh").read_text()
+    assert len(text.splitlines()) == 15
+    assert re.search(r"^#SBATCH .*--signal=TERM@120", text, re.M)
+    assert re.search(r"^#SBATCH .*--requeue", text, re.M)
+    if not shutil.which("bash"):
+        pytest.skip("needs bash")
+    assert subprocess.run(["bash", "-n", ROOT / "extras" / "slurm.sh"]).returncode == 0
+    commands = dict(srun='printf "%s\\n" "$@" > srun.txt; exit $STATUS', scontrol='echo "$@" >> scontrol.txt')
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | dict(
+        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="a,b"
+    )  # fmt: skip
+    requeued = []
+    for status, left in ((1, 100), (1, 1000), (0, 100)):  # exit status of the run, seconds to the time limit
+        (tmp_path / "scontrol.txt").write_text("")
+        env |= dict(STATUS=str(status), SLURM_JOB_END_TIME=str(int(time.time()) + left))
+        subprocess.run(["bash", ROOT / "extras" / "slurm.sh"], cwd=tmp_path, env=env, timeout=30)
+        requeued.append("requeue 7" in (tmp_path / "scontrol.txt").read_text())
+    assert requeued == [True, False, False]
+    program, *argv = (tmp_path / "srun.txt").read_text().splitlines()
+    args = parse_args(argv)
+    assert program == "torchrun"
+    assert (args.nnodes, args.rdzv_backend, args.rdzv_id) == ("2", "c10d", "7")
+    assert args.training_script == "pretrain.py"
+    config = parse_config(pretrain.PretrainConfig, pretrain.PRESETS, args.training_script_args)
+    assert config.data and config.out_dir
+
+
+SCRIPTS = {
     "pretrain.py": [*SHORT, "--data", "manifest.tsv", "--out_dir", "run"],
     "finetune.py": [
         *"--preset own --model tiny --init scratch --clip_frames 64 --batch_size 8 --updates 3".split(),
         *"--data manifest.tsv --eval_data manifest.tsv --min_samples 1600 --out_dir tuned".split(),
     ],
     "evaluate.py": ["classifier.pt", "manifest.tsv"],
-    "prepare.py pack": ["long.tsv", "packed.tsv"],
-    "prepare.py stats": ["long.tsv"],
+    "extras/prepare.py": ["stats", "manifest.tsv"],
 }
-CURE = "try more shared memory (docker --ipc=host or --shm-size), or --workers 0"
 
 
-def command_of(name: str, folder: Path, *more) -> list[str]:
-    """The command line of one of LOADING; files of its own are made in the folder."""
-    soundfile.write(folder / "long.wav", tone(320_000).numpy(), 16_000)
-    (folder / "long.tsv").write_text(f"{folder}\nlong.wav\t320000\n")
-    program, *command = name.replace("prepare.py", "extras/prepare.py").split()
-    return [str(x) for x in (ROOT / program, *command, *LOADING[name], "--workers", 1, *more)]
+def test_launchers_that_start_too_few_processes_are_told_of(classifier):
+    """WORLD_SIZE without the other processes: one line that names them within --timeout; nothing is made."""
+    whole = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    others = "did not meet the other 1 processes that WORLD_SIZE promises (torchrun starts them): "
+    cases = [(name, whole | dict(RANK="0"), others) for name in ("pretrain.py", "finetune.py", "evaluate.py")]
+    cases.append(("pretrain.py", whole | dict(RANK="1"), others))
+    cases.append(("evaluate.py", dict(WORLD_SIZE="2"), others))
+    before = {path.name for path in classifier.iterdir()}
+    jobs = []
+    for i, (name, env, _) in enumerate(cases):
+        command = [ROOT / name, *SCRIPTS[name], "--timeout", 0.03]
+        files = (classifier / f"out{i}", classifier / f"err{i}")
+        jobs.append(Script(command, classifier, *files, MASTER_PORT=str(free_port()), **env))
+    start = time.time()
+    assert [job.wait(60) for job in jobs] == [1] * len(jobs)
+    assert time.time() - start < 0.03 * 60 + 5 + 15
+    for i, (name, _, message) in enumerate(cases):
+        (line,) = (classifier / f"err{i}").read_text().splitlines()
+        assert line.startswith(f"{name}: {message}")
+        assert len(line) > len(f"{name}: {message}")
+    assert {path.name for path in classifier.iterdir() if not path.name.startswith(("out", "err"))} == before
 
 
-def test_a_full_shared_memory_ends_each_script_at_once(classifier):
-    """As in a container, whose /dev/shm has 64 MB: one line that names the cure, long before --timeout."""
-    mount = "mount -t tmpfs -o size=300k tmpfs /dev/shm"
-    with_little = ["unshare", "-rm", "sh", "-c", f"{mount} && exec \"$@\"", "-"]
-    if not shutil.which("unshare") or subprocess.run([*with_little, "true"], capture_output=True).returncode:
-        pytest.skip("needs unshare, and to be permitted to use it")
-    commands = [command_of(name, classifier, "--timeout", 0.3) for name in LOADING]
-    requests = [dict(argv=command, out=f"out {i}", err=f"err {i}") for i, command in enumerate(commands)]
-    lines = [json.dumps(dict(cwd=str(classifier), env=dict(os.environ)) | request) for request in requests]
-    run = dict(input="\n".join(lines), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    start = [*with_little, sys.executable, str(ROOT / "tests" / "starter.py")]
-    done = subprocess.run(start, cwd=classifier, timeout=120, **run)
-    assert done.stdout.split() == ["1"] * len(LOADING)
-    for i, request in enumerate(requests):
-        said, program = (classifier / f"err {i}").read_text(), Path(request["argv"][0]).name
-        assert re.fullmatch(rf"{program}: DataLoader worker .* exited .*: {re.escape(CURE)}\n", said), said
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_script_for_one_process_refuses_others_at_once(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    if world == "1":
+        assert evaluate.init_distributed(alone=True)[:2] == (0, 1)
+    else:
+        said = "^this needs one process, but WORLD_SIZE is 2: start it without torchrun$"
+        with pytest.raises(InputError, match=said):
+            evaluate.init_distributed(alone=True)
 
 
-# Runs a script whose loader processes stop at the first clip they read: those of rank 1, if there are several
-STOPPING = f"""
-import os, runpy, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "extras")!r}]
-import data
-from torch.utils.data import get_worker_info
-real = data.read_pieces
-def read_pieces(*args, **options):
-    if get_worker_info() and os.environ.get("RANK", "1") == "1":
-        open("stopped", "w").write(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+@pytest.mark.parametrize("name, args", [
+    ("extras/listen.py", ["classifier.pt", "clip 0.wav"]), ("extras/compare.py", []),
+])  # fmt: skip
+def test_scripts_for_one_process_refuse_others(classifier, script, name, args):
+    result = script(name, *args, check=False, WORLD_SIZE="2", RANK="0")
+    assert result.returncode == 1
+    said = "this needs one process, but WORLD_SIZE is 2: start it without torchrun"
+    assert result.stderr == f"{Path(name).name}: {said}\n"
+
+
+def test_without_what_windows_and_macos_lack(classifier, script):
+    """File locks, SIGUSR1, the number of cores that a process may use, glibc: training and probes work."""
+    body = """
+sys.modules["fcntl"] = None
+del signal.SIGUSR1, os.sched_getaffinity
+sys.platform = "darwin"
+"""
+    probes = ["--probe_train", "manifest.tsv", "--probe_test", "manifest.tsv"]
+    flags = ["--updates", 3, "--clip_frames", 48, "--model", "tiny", "--out_dir", "run", *probes]
+    demo = ROOT / "extras" / "demo"
+    for manifest, name in (("train.tsv", "manifest.tsv"), ("test.tsv", "test.tsv")):
+        lines = (demo / manifest).read_text().splitlines()
+        lines[0] = str((demo / lines[0]).resolve())
+        (classifier / name).write_text("\n".join(lines[:20]) + "\n")
+    said = script(start_of(classifier, body), "--preset", "demo", *flags).stdout
+    assert "done: 3 updates" in said
+    said = script(start_of(classifier, body), "--preset", "demo", *flags).stdout
+    assert said.startswith("run, from update 3")
+    result = script(start_of(classifier, body, "evaluate.py"), "run", "manifest.tsv", "manifest.tsv")
+    assert 0 <= json.loads(result.stdout)["probe_linear"] <= 1
+
+
+# --- reads ------------------------------------------------------------------------------------------------
+
+
+def test_loader_threads_do_not_share_out_the_cores_anew(folder, tmp_path):
+    """Each has one OpenMP thread, and the thread that trains keeps its own: whether it has worked before or
+    not. Torch is imported anew: its threads do not survive a fork."""
+    soundfile.write(tmp_path / "clip 0.wav", tone(44_100, 44_100).numpy(), 44_100)  # is resampled
+    (tmp_path / "threads.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from data import AudioDataset, build_loader
+
+def count(has_worked):
+    if has_worked:
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        assert torch.get_num_threads() == 2
+    data = AudioDataset("manifest.tsv")
+    found = set()
+    real = data.read
+    def read(item):
+        waveform = real(item)
+        found.add(torch.get_num_threads())
+        return waveform
+    data.read = read
+    n_batches = len(list(build_loader(data, [[item] for item in range(8)], 3)))
+    print(has_worked, n_batches, found, torch.get_num_threads(), flush=True)
+
+for has_worked in (False, True):
+    if os.fork() == 0:
+        count(has_worked)
+        os._exit(0)
+    os.wait()
+""")
+    run = dict(cwd=folder, capture_output=True, text=True, timeout=120)
+    env = os.environ | dict(OMP_NUM_THREADS="2")
+    done = subprocess.run([sys.executable, "threads.py"], env=env, **run)
+    assert done.stdout == "False 8 {1} 2\nTrue 8 {1} 2\n", done.stderr
+
+
+HANGS = """
+import soundfile
+real = soundfile.SoundFile.read
+n_read = []
+def read(*args, **options):
+    n_read.append(1)
+    if rank == {rank} and len(n_read) > {reads}:
+        open("hangs", "w").close()
+        threading.Event().wait()
     return real(*args, **options)
-data.read_pieces = read_pieces
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+soundfile.SoundFile.read = read
 """
 
 
-@pytest.mark.parametrize("name", LOADING)
-def test_a_loader_that_stands_still_ends_the_script(classifier, script, name):
-    """Within --timeout, by one line that names the cure; the loader does not outlive it."""
-    (classifier / "stopping.py").write_text(STOPPING)
-    command, stopped = command_of(name, classifier, "--timeout", 0.03), classifier / "stopped"
-    result = script(classifier / "stopping.py", *command, check=False)
-    assert time.time() - stopped.stat().st_mtime < 1.8 + 6
-    said = rf"{Path(command[0]).name}: DataLoader timed out after 1\.\d+ seconds: {re.escape(CURE)}\n"
-    assert result.returncode == 1 and re.fullmatch(said, result.stderr), result.stderr
-    assert not command_line(int(stopped.read_text()))
+def test_a_read_that_hangs_ends_every_script(classifier):
+    """Within --timeout, in one line that names what is read, with exit status 1; also among two processes,
+    whichever of them it is that reads, and none is left over."""
+    pretrain = ("pretrain.py", SCRIPTS["pretrain.py"])
+    probe = ("evaluate.py", ["classifier.pt", "manifest.tsv", "manifest.tsv"])
+    pack = ("extras/prepare.py", ["pack", "manifest.tsv", "packed.tsv"])
+    cases = [(1, 0, 0.03, name, args) for name, args in (*SCRIPTS.items(), probe, pack)]
+    cases += [(2, rank, 0.2, *pretrain) for rank in (0, 1)]
+    jobs = []
+    for i, (processes, rank, timeout, name, args) in enumerate(cases):
+        start = start_of(classifier, HANGS.format(rank=rank, reads=0), name)
+        more = ["--timeout", timeout, "--workers", 1]
+        if name == "pretrain.py":
+            more += ["--out_dir", f"run {i}"]
+        jobs.append(Job(classifier, *args, *more, processes=processes, program=start, output=f"{i}.txt"))
+    assert jobs[-1].wait_for(lambda: len(jobs[-1].ranks()) == 2)
+    ranks = jobs[-1].ranks()
+    assert [job.wait(90) for job in jobs] == [1] * len(jobs)
+    assert not any(map(is_running, ranks))
+    for job, (processes, _, _, name, args) in zip(jobs, cases):
+        seconds = {1: 2, 2: 11}[processes]
+        said = f"{Path(name).name}: no batch for {seconds} s: reading manifest.tsv does not go on"
+        if args[0] == "pack":
+            said = "prepare.py: a file has not been read in 2 s"
+        assert our_lines(job.text()) == [said]
 
 
-@LONG
-def test_a_loader_that_stands_still_ends_all_processes(classifier, script):
-    """Its process says so before the others, which wait for it, give up."""
-    (classifier / "stopping.py").write_text(STOPPING)
-    command = command_of("pretrain.py", classifier, "--timeout", 0.1)
-    result = script(classifier / "stopping.py", *command, processes=2, check=False)
-    said = f"pretrain.py: DataLoader timed out after 5.4 seconds: {CURE}"
-    assert result.returncode == 1 and our_lines(result) == [said]
-    assert not command_line(int((classifier / "stopped").read_text()))
+def test_a_stop_does_not_wait_for_a_read_that_hangs(folder):
+    """Batches that have been read are trained on; the thread that hangs is not waited for."""
+    body = HANGS.format(rank=0, reads=16) + """
+import model
+real_loss = model.ufo_loss
+calls = []
+def ufo_loss(*args):
+    calls.append(1)
+    if len(calls) == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return real_loss(*args)
+model.ufo_loss = ufo_loss
+"""
+    args = [*SCRIPTS["pretrain.py"], "--workers", 1]
+    job = Job(folder, *args, processes=1, program=start_of(folder, body))
+    assert job.wait(60) == 128 + signal.SIGTERM
+    assert (folder / "hangs").exists()
+    assert "update 2: stopped by SIGTERM" in job.text()
+    assert saved_step(folder / "run") == 2
 
 
-def test_a_loader_stopped_with_batches_on_offer_is_ended(folder):
-    """To fetch one that it has offered takes its help: torch would wait for that without end."""
-    batches = build_loader(AudioDataset(folder / "manifest.tsv"), [[i] for i in range(8)], 1, timeout=1)
-    next(batches)
-    (loader,) = multiprocessing.active_children()
-    time.sleep(0.5)  # for the next ones to be on offer
-    os.kill(loader.pid, signal.SIGSTOP)
-    start, rescue = time.monotonic(), threading.Timer(20, loader.kill)
-    rescue.start()
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(batches)
-    rescue.cancel()
-    assert time.monotonic() - start < 15 and not command_line(loader.pid)
+def test_a_later_signal_ends_a_run_whose_read_hangs(folder):
+    """The first asks for the end of the update, which does not come; one that is repeated within ten seconds
+    is the same request."""
+    body = """
+import types
+import soundfile, evaluate
+now = [0.0]
+evaluate.time = types.SimpleNamespace(**vars(time))
+evaluate.time.monotonic = lambda: now[0]
+def read(*_, **__):
+    for second in (0.0, 9.9):
+        now[0] = second
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    open("alive", "w").close()
+    now[0] = 10.1
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait()
+soundfile.SoundFile.read = read
+"""
+    job = Job(folder, *SCRIPTS["pretrain.py"], processes=1, program=start_of(folder, body))
+    assert job.wait(60) == 128 + signal.SIGTERM
+    assert (folder / "alive").exists()
+    assert our_lines(job.text()) == []
 
 
-def test_a_signal_to_loaders_that_have_just_started_does_not_end_them(folder):
-    """A signal to the whole group may come at any time, in an evaluation that starts its loaders too."""
-    for _ in range(5):
-        batches = build_loader(AudioDataset(folder / "manifest.tsv"), [[i] for i in range(4)], 2)
-        for loader in multiprocessing.active_children():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                os.kill(loader.pid, number)
-        assert [batch.items for batch in batches] == [[0], [1], [2], [3]]
-    with pytest.raises(ValueError):
-        build_loader(AudioDataset(folder / "manifest.tsv"), [[0]], 0, prefetch_factor=2)
-    heard, before = [], signal.signal(signal.SIGUSR1, lambda *_: heard.append(True))
-    signal.raise_signal(signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, before)
-    assert heard  # by the run itself, whatever became of its loaders
+def test_a_pipe_is_no_audio_file(folder):
+    """Opening one would wait for whoever writes to it."""
+    (folder / "clip 3.wav").unlink()
+    os.mkfifo(folder / "clip 3.wav")
+    clip = AudioDataset(folder / "manifest.tsv")[3]
+    assert clip.problem == "clip 3.wav\tno such file"
+    assert clip.item == 4
+
+
+# --- the log ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["foreign line", "half a line", "zeros", "first line", "gone", "none"])
+def test_a_run_goes_on_whatever_its_log_holds(tmp_path, train, damage):
+    """Lines behind the checkpoint are cut and logged again; those before it are not read."""
+    args = [*RUN, "--updates", 12, "--save_every", 4, "--out_dir", "run"]
+    assert train(*args) == 0
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "run" / "last.pt").unlink()  # previous.pt is that of update 8
+    if damage == "gone":
+        log.unlink()
+    elif damage == "first line":
+        log.write_bytes(b"x" * (len(lines[0]) - 1) + b"\n" + b"".join(lines[1:]))
+    else:
+        more = {"foreign line": b"lr 3\n", "half a line": b'{"step": 5, "lo', "zeros": bytes(4096)}
+        log.write_bytes(whole + more.get(damage, b""))
+    assert train(*args) == 0
+    found = log.read_bytes().splitlines(keepends=True)
+    steps = [json.loads(line)["step"] for line in found if line.startswith(b"{")]
+    if damage == "gone":
+        assert steps == [9, 10, 11, 12]
+    elif damage == "first line":
+        assert steps == list(range(2, 13))
+        assert found[1:8] == lines[1:8]
+    else:
+        assert steps == list(range(1, 13))
+        assert found[:8] == lines[:8]
+    for ours, theirs in zip(found[-4:], lines[-4:]):
+        assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
+
+
+def test_a_run_that_begins_anew_begins_its_log_anew(tmp_path, train):
+    """What is left of a run that was killed before its first checkpoint."""
+    args = [*RUN, "--updates", 2, "--warmup", 1, "--out_dir", "run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "l')
+    assert train(*args) == 0
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -478,8 +691,10 @@ def make_checkpoints(folder: Path) -> None:
 @pytest.mark.parametrize("n", [150, pytest.param(2000, marks=LONG)])
 def test_flipped_and_truncated_checkpoints_are_never_taken_for_good(tmp_path, n):
     make_checkpoints(tmp_path)
-    good, rng, refused = (tmp_path / "last.pt").read_bytes(), random.Random(0), 0
+    good = (tmp_path / "last.pt").read_bytes()
     expected = load_checkpoint(tmp_path / "last.pt")
+    rng = random.Random(0)
+    refused = 0
     for _ in range(n):
         damaged = bytearray(good)
         if rng.random() < 0.3:
@@ -503,8 +718,10 @@ def test_flipped_and_truncated_checkpoints_are_never_taken_for_good(tmp_path, n)
 def test_the_previous_checkpoint_is_used(tmp_path, capsys, how):
     """And if there is none that can be read, that is said every time: nothing begins anew."""
     make_checkpoints(tmp_path)
-    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    assert newest_checkpoint(tmp_path) == last and load_checkpoint(last)["step"] == 2
+    last = tmp_path / "last.pt"
+    previous = tmp_path / "previous.pt"
+    assert newest_checkpoint(tmp_path) == last
+    assert load_checkpoint(last)["step"] == 2
     good = last.read_bytes()
     data = bytearray(good)
     if how == "missing":  # killed between the two renames
@@ -514,10 +731,12 @@ def test_the_previous_checkpoint_is_used(tmp_path, capsys, how):
         last.write_bytes(data)
     else:
         last.write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
-    assert newest_checkpoint(tmp_path) == previous and load_checkpoint(previous)["step"] == 1
+    assert newest_checkpoint(tmp_path) == previous
+    assert load_checkpoint(previous)["step"] == 1
     if how != "missing":
         assert "WARNING" in capsys.readouterr().err
-        assert (tmp_path / "last.damaged").exists() and not last.exists()
+        assert (tmp_path / "last.damaged").exists()
+        assert not last.exists()
     previous.write_bytes(b"PK nonsense")
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no checkpoint in .* can be read: restore one"):
@@ -530,36 +749,34 @@ def test_the_previous_checkpoint_is_used(tmp_path, capsys, how):
 
 def test_a_damaged_checkpoint_costs_updates_not_the_run(tmp_path, train, capsys):
     args = [*RUN, "--updates", 12, "--save_every", 4]
-    assert train(*args, "--out_dir", "whole") == 0 == train(*args, "--out_dir", "cut")
+    assert train(*args, "--out_dir", "whole") == 0
+    assert train(*args, "--out_dir", "cut") == 0
     data = bytearray((tmp_path / "cut" / "last.pt").read_bytes())
     data[len(data) // 3] ^= 1
     (tmp_path / "cut" / "last.pt").write_bytes(data)
     capsys.readouterr()
     assert train(*args, "--out_dir", "cut") == 0
     said = capsys.readouterr()
-    assert "WARNING: cut/last.pt is not a checkpoint" in said.err and "resuming at update 8 " in said.out
+    assert "WARNING: cut/last.pt is not a checkpoint" in said.err
+    assert said.out.startswith("cut, from update 8: ")
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_a_disk_that_fills_up(tmp_path, script):
+def test_a_disk_that_fills_up(tmp_path, script, train):
     """The run goes on without checkpoints, and fails at the end if it cannot save; with room it completes."""
-    args = [*map(str, RUN), "--updates", "12", "--save_every", "4", "--out_dir", "run"]
-    (tmp_path / "full.py").write_text(
-        "import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'pretrain.py'\n"
-        f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
-    )
-    result = script(tmp_path / "full.py", *args, check=False)
+    args = [*RUN, "--updates", 12, "--save_every", 4, "--out_dir", "run"]
+    body = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    result = script(start_of(tmp_path, body), *args, check=False)
     for step in (4, 8):
-        assert f"WARNING: could not save update {step} in run" in result.stdout
-    assert result.returncode == 1 and result.stdout.count("the run goes on") == 2
-    assert result.stderr.startswith("pretrain.py: could not save update 12 in run")
-    assert result.stderr.count("\n") == 1 and result.stderr.endswith("the last checkpoint stands\n")
-    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / "last.pt").exists()
+        assert f"WARNING: could not save update {step} in run: " in result.stdout
+    assert result.returncode == 1
+    assert re.fullmatch(r"pretrain\.py: could not save update 12 in run: .+\n", result.stderr)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not (tmp_path / "run" / "last.pt").exists()
     assert last_step(tmp_path / "run") == 12
-    script("pretrain.py", *args)
-    script("pretrain.py", *args[:-1], "whole")
+    assert train(*args) == 0
+    assert train(*args, "--out_dir", "whole") == 0
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
@@ -577,7 +794,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, train):
     """Neither one that is read by itself, nor a run's own, nor one to start from."""
     trap = tmp_path / "ran"
     torch.save(dict(step=1, student=Attack(trap)), tmp_path / "trap.pt")
-    with pytest.raises(CheckpointError, match="holds posix.system, which may be malicious"):
+    with pytest.raises(CheckpointError, match="damaged, or holds Python objects, which could run code$"):
         load_checkpoint(tmp_path / "trap.pt")
     args = [*RUN, "--out_dir", "run", "--updates", 1, "--warmup", 0]
     with pytest.raises(CheckpointError):
@@ -604,9 +821,8 @@ def test_a_broken_data_set_stops_the_run(tmp_path, train, capsys):
     assert train(*args, "--out_dir", "run") == 1
     step = last_step(tmp_path / "run")
     assert step == 13  # the first after which 100 clips have been read
-    said = capsys.readouterr().err
-    reason = "of the clips cannot be used (--max_bad_fraction): see run/bad_files.tsv"
-    assert re.fullmatch(rf"update {step}: \d\d% {re.escape(reason)}\n", said)
+    said = capsys.readouterr().out
+    assert re.search(rf"^update {step}: \d+ of 104 clips cannot be used \(--max_bad_fraction\)$", said, re.M)
     listed = (tmp_path / "run" / "bad_files.tsv").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == ["0.wav", "10.wav", "15.wav", "5.wav"]
     assert train(*args, "--updates", 15, "--out_dir", "again", "--max_bad_fraction", 0.5) == 0
@@ -622,11 +838,13 @@ def test_a_file_replaced_while_training_is_noticed(tmp_path):
     assert not dataset[1].problem
     soundfile.write(tmp_path / "other.flac", tone(9000).numpy(), 16_000)
     os.replace(tmp_path / "other.flac", tmp_path / "1.wav")  # the wrong extension: libsndfile looks inside
-    assert not dataset[1].problem and len(dataset[1].waveform) == 9000
+    assert not dataset[1].problem
+    assert len(dataset[1].waveform) == 9000
     (tmp_path / "1.wav").write_bytes(b"gone")
     for _ in range(2):
         waveform, item, problem = dataset[1]
-        assert problem.startswith("1.wav\tunreadable") and item == 2
+        assert problem.startswith("1.wav\t")
+        assert item == 2
         assert torch.equal(waveform, dataset[2].waveform)
 
 
@@ -646,10 +864,11 @@ def test_collapse_warns_or_stops(tmp_path, train, capsys, what):
     capsys.readouterr()
     assert train(*args, "--out_dir", "warns") == 0
     said = capsys.readouterr()
-    assert said.out.count("WARNING: the features have collapsed") == (2 if what else 0) and not said.err
+    assert said.out.count("WARNING: the features have collapsed") == (2 if what else 0)
+    assert not said.err
     assert train(*args, "--out_dir", "stops", "--stop_on_collapse") == bool(what)
     said = capsys.readouterr()
-    assert ("update 3: the features have collapsed" in said.err) == bool(what)
+    assert ("update 3: the features have collapsed" in said.out) == bool(what)
     assert last_step(tmp_path / "stops") == (3 if what else 4)
     last = read_log(tmp_path / "stops")[-1]
     assert (last["target_std"] < 0.1) == (what == "target_std")
@@ -664,49 +883,35 @@ def test_an_update_without_a_finite_gradient_is_skipped_and_too_many_stop_the_ru
     """So many in a row: every other one is no reason to stop."""
     args = [*RUN, "--updates", 100, "--max_skipped", 20]
     assert train(*args, "--lr", 1e30, "--out_dir", "run") == 1
-    assert "20 updates in a row had no finite gradient" in capsys.readouterr().err
+    assert "20 updates in a row had no finite gradient" in capsys.readouterr().out
     log = read_log(tmp_path / "run")
-    assert [line["skipped"] for line in log[-20:]] == [1] * 20 and log[-21]["skipped"] == 0
+    assert [line["skipped"] for line in log[-20:]] == [1] * 20
+    assert log[-21]["skipped"] == 0
     assert all(line["loss"] is None for line in log if line["skipped"])
-    real, norms = pretrain.descend, itertools.cycle((1, math.nan))
+    real = pretrain.descend
+    norms = itertools.cycle((1, math.nan))
     monkeypatch.setattr(pretrain, "descend", lambda *args: real(*args) * next(norms))
     assert train(*args, "--updates", 12, "--max_skipped", 2, "--log_every", 4, "--out_dir", "other") == 0
     log = read_log(tmp_path / "other")
-    assert [line["skipped"] for line in log] == [0, 2, 2, 2] and all(line["loss"] > 1 for line in log)
+    assert [line["skipped"] for line in log] == [0, 2, 2, 2]
+    assert all(line["loss"] > 1 for line in log)
 
 
 def wav(n_bytes: int = 32_000, channels: int = 1, rate: int = 16_000, claimed: int | None = None) -> bytes:
     """A wav file whose header may claim anything."""
     body = (np.random.default_rng(0).standard_normal(n_bytes // 2) * 3000).astype("<i2").tobytes()
-    claimed = n_bytes if claimed is None else claimed
+    if claimed is None:
+        claimed = n_bytes
     block = 2 * channels
     form = struct.pack("<HHIIHH", 1, channels, rate, rate * block % 2**32, block % 65536, 16)
     riff = struct.pack("<4sI4s4sI", b"RIFF", (36 + claimed) % 2**32, b"WAVE", b"fmt ", len(form))
     return riff + form + struct.pack("<4sI", b"data", claimed) + body
 
 
-def resident(what: str = "VmRSS") -> float:
-    """Memory of this process now, or its peak (VmHWM), in MiB."""
+def resident(what: str) -> float:
+    """Memory of this process now (VmRSS), or its peak (VmHWM), in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
-def read_within(
-    path: Path, seconds: float = 2.0, mebibytes: int = 500, start: int = 0, count: bool = False
-) -> str:
-    """Read a file from `start` on, or count what it holds and read its end; returns "ok" or the error, which
-    is one line, and fails if it took too long or too much memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, begun = resident(), time.time()
-    try:
-        load_audio(path, max(0, count_samples(path) - 2000) if count else start, 164_080, allow_silence=count)
-        said = "ok"
-    except InputError as error:
-        said = str(error)
-        assert said and "\n" not in said and not (count and said.startswith("has no sound"))
-    assert time.time() - begun < seconds, path
-    assert resident("VmHWM") - before < mebibytes, path
-    return said
 
 
 ABSURD = (
@@ -718,87 +923,35 @@ ABSURD = (
 
 @pytest.mark.parametrize("header", ABSURD)
 def test_absurd_headers_cost_little(tmp_path, header):
+    """Neither time nor memory; one that claims more sound than there is may be read."""
+    (tmp_path / "good.wav").write_bytes(wav())
+    assert len(load_audio(tmp_path / "good.wav")) == 16_000
     (tmp_path / "x.wav").write_bytes(wav(**header))
-    said = read_within(tmp_path / "x.wav")
-    assert said != "ok" or header == dict(n_bytes=100, claimed=2**32 - 40)
-    (tmp_path / "x.wav").write_bytes(wav())
-    assert read_within(tmp_path / "x.wav") == "ok"
-
-
-def mutate(data: bytearray, suffix: str, rng: random.Random) -> None:
-    """Flip, overwrite, cut out or repeat some bytes, or change what an mp3 says of its length."""
-    for _ in range(rng.choice([1, 3, 30])):
-        at, size = rng.randrange(len(data)), rng.randrange(1, 64)
-        match rng.randrange(5):
-            case 0:
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                data[at : at + size] = rng.randbytes(size)
-            case 2:
-                del data[at : at + size]
-            case 3:
-                data[at:at] = data[at : at + size]
-            case 4:  # most of what matters is at the front
-                data[rng.randrange(min(len(data), 64))] = rng.choice([0, 127, 128, 255])
-    place = data.find(b"Xing") if suffix == "mp3" else -1
-    if place >= 0 and rng.random() < 0.7:
-        frames = rng.choice([0, 1, rng.randrange(1000), rng.randrange(2**32), 2**32 - 1]).to_bytes(4, "big")
-        n_bytes = rng.choice([0, len(data), 2**32 - 1]).to_bytes(4, "big")
-        match rng.randrange(4):
-            case 0:
-                data[place + 8 : place + 12] = frames
-            case 1:  # the name that files of constant bit rate have; with other fields
-                data[place : place + 16] = b"Info" + bytes([0, 0, 0, rng.randrange(16)]) + frames + n_bytes
-            case 2:  # Fraunhofer's, 32 bytes behind the frame's header
-                data[place : place + 8] = bytes(8)
-                data[36:62] = b"VBRI" + bytes([0, 1, 0, 0, 0, 75]) + n_bytes + frames + rng.randbytes(8)
-            case 3:  # none, as from a pipe
-                del data[: data.find(data[:2], place)]
-
-
-def relink(path: Path, rng: random.Random) -> None:
-    """Put a link in the file's place: to nothing, itself, a folder, or to another file; or nothing."""
-    targets = (path.with_name("gone"), path, path.parent, Path("/dev/null"), path.with_name("good.wav"), None)
-    path.unlink()
-    if target := rng.choice(targets):
-        path.symlink_to(target)
-
-
-@pytest.mark.parametrize("per_format", [30, pytest.param(500, marks=LONG)])
-def test_mutated_audio_never_crashes_hangs_or_swells(tmp_path, per_format):
-    """Bytes of real files, in four formats, and what their names lead to, read by one process from anywhere:
-    each is read or refused in one line, and of what is counted the end can be read."""
-    rng, source = random.Random(per_format), AudioDataset(ROOT / "extras" / "demo" / "pretrain.tsv")
-    soundfile.write(tmp_path / "good.wav", source.read(0).numpy(), 16_000)
-    n_read = 0
-    for suffix in ("wav", "flac", "ogg", "mp3"):
-        originals, path = [], tmp_path / f"x.{suffix}"
-        for item in range(0, 40, 8):
-            buffer = io.BytesIO()
-            soundfile.write(buffer, source.read(item).numpy(), 16_000, format=suffix.upper())
-            originals.append(buffer.getvalue())
-        for _ in range(per_format):
-            mutate(data := bytearray(rng.choice(originals)), suffix, rng)
-            path.unlink(missing_ok=True)
-            path.write_bytes(data)
-            if rng.random() < 0.1:
-                relink(path, rng)
-            n_read += read_within(path) == "ok"
-            read_within(path, start=rng.randrange(2 ** rng.randrange(1, 40)))
-            read_within(path, count=True)
-    print(f"\n{4 * per_format} mutated files: {n_read} still read, the others refused")
-    assert 0 < n_read < 4 * per_format
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    begin = time.process_time()
+    try:
+        load_audio(tmp_path / "x.wav", 0, 164_080)
+        assert header == dict(n_bytes=100, claimed=2**32 - 40)
+    except InputError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+    assert time.process_time() - begin < 2
+    assert resident("VmHWM") - before < 500
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(2000, marks=LONG)])
 def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
     """By another file, by damage, by a link to nothing: what is read is one of the files, or is refused."""
-    rng, path = random.Random(rounds), tmp_path / "x.wav"
+    rng = random.Random(rounds)
+    path = tmp_path / "x.wav"
     for n_samples in (8000, 12_000):
         soundfile.write(tmp_path / f"{n_samples}.wav", tone(n_samples).numpy(), 16_000)
     files = [load_audio(tmp_path / f"{n}.wav") for n in (8000, 12_000)]
     (tmp_path / "bad.wav").write_bytes(wav(n_bytes=9000)[:60])
-    stop, said, end = threading.Event(), [], time.time() + 60
+    stop = threading.Event()
+    said = []
+    end = time.time() + 60
 
     def replace() -> None:
         while not stop.is_set():
@@ -815,8 +968,6 @@ def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
                 said.append("ok")
             except InputError as error:
                 said.append(str(error))
-            with contextlib.suppress(InputError):
-                assert count_samples(path) in (8000, 12_000)
     finally:
         stop.set()
         thread.join()
@@ -838,11 +989,13 @@ def test_any_bytes_are_a_manifest_or_refused(tmp_path_factory, content):
         assert "\n" not in str(error)
         return
     root = os.path.abspath(manifest.root)
-    assert len(manifest.begins) == len(manifest.n_samples) > 0
+    assert len(manifest.lines) == len(manifest.n_samples) > 0
     for i, n_samples in enumerate(manifest.n_samples.tolist()):
         name, length, *labels = manifest.fields(i)
-        assert int(length) == n_samples >= 0 and all(isinstance(label, str) for label in labels)
+        assert int(length) == n_samples >= 0
+        assert all(isinstance(label, str) for label in labels)
         try:
             assert os.path.commonpath([root, os.path.abspath(manifest.path(i))]) == root
         except InputError as error:
-            assert "outside" in str(error) and (os.path.isabs(name) or ".." in name)
+            assert "outside" in str(error)
+            assert os.path.isabs(name) or ".." in name
