@@ -50,8 +50,8 @@ CLIP_FRAMES = 1024  # 10.24 s; 1024 / 16 = 64 patches in time
 MAX_SAMPLES = 2**31  # 37 hours: a file or manifest that claims more is wrong
 FILTER_REACH = 160  # samples on each side that the resampling filter sees
 LOUDEST = 64.0  # float files may exceed full scale, 1, but not by this much
-SILENCE = 2.0**-15  # nothing in a file reaches one int16 step
-MAX_STAND_INS = 1000  # unreadable clips in a row after which the data must be gone
+SILENCE = 2.0**-15  # a peak below one int16 step is silence
+MAX_STAND_INS = 1000  # give up after so many unreadable clips in a row
 
 
 class InputError(ValueError):
@@ -89,7 +89,7 @@ def mel_filters(device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def hann_window(device: torch.device) -> Tensor:
-    """Kept, not made anew, so that `log_mel` can be exported."""
+    """Cached rather than made anew, so that `log_mel` can be exported."""
     return torch.hann_window(FRAME_LENGTH, periodic=False, device=device)
 
 
@@ -125,12 +125,12 @@ def spectrogram(waveform: Tensor, n_samples: Tensor, mean: float, std: float) ->
 
 @contextlib.contextmanager
 def open_audio(path: str | Path) -> Iterator:
-    """An open soundfile.SoundFile, or what extras/media.py has in its place for formats that libsndfile does
-    not read. Raises InputError for whatever goes wrong with the file until it is closed."""
+    """An open soundfile.SoundFile, or the replacement of extras/media.py for formats that libsndfile does not
+    read. Any error while it is open becomes an InputError."""
     import soundfile
 
     if not os.path.isfile(path):
-        raise InputError("a link to nothing" if os.path.islink(path) else "no such file")
+        raise InputError("a broken link" if os.path.islink(path) else "no such file")
     try:
         try:
             file = soundfile.SoundFile(os.fsencode(path))  # bytes: a name need not be UTF-8
@@ -142,9 +142,9 @@ def open_audio(path: str | Path) -> Iterator:
             if not 1_000 <= file.samplerate <= 768_000 or file.channels > 64:
                 raise InputError(f"implausible format: {file.samplerate} Hz, {file.channels} channels")
             yield file
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except Exception as error:  # whatever a decoder makes of a damaged file
+    except Exception as error:  # decoders raise many types for damaged files
         reason = getattr(error, "error_string", first_line(error))
         raise InputError(f"unreadable: {reason}") from None
 
@@ -172,7 +172,7 @@ def resample(waveform: Tensor, rate: int) -> Tensor:
 
 
 def safe_seek(file, frame: int) -> int:
-    """Where to seek so that `frame` is decoded as in the whole file, whatever the decoder needs before it.
+    """Where to seek so that `frame` is decoded exactly as when the whole file is read.
     An mp3 frame takes bits from those before it: 511 bytes at most, or 255 below 32 kHz, where a stereo frame
     of 576 samples may add as little as 3 bytes. libsndfile misses a seek into the last page of Vorbis."""
     if file.format == "MP3":
@@ -219,7 +219,7 @@ def check_peak(waveform: Tensor, allow_silence: bool) -> None:
     """Raise InputError for what is not audio, or silent."""
     peak = np.abs(waveform.numpy()).max()
     if not peak <= LOUDEST:
-        raise InputError(f"its samples reach {peak:.6g}, where full scale is 1: scaled as integers are?")
+        raise InputError(f"its samples reach {peak:.6g}, where full scale is 1: are they unscaled integers?")
     if peak < SILENCE and not allow_silence:
         raise InputError("silent")
 
@@ -231,7 +231,7 @@ def first_line(error: Exception) -> str:
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write a text file so that it is there in full or not at all."""
+    """Write a temporary file, then rename it: the text file is whole or not there."""
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(f"{line}\n" for line in lines)
         file.flush()
@@ -252,7 +252,7 @@ class Manifest:
             raise InputError(f"cannot read the manifest {path}: {error.strerror}") from None
         root, *lines = text.replace(b"\r\n", b"\n").split(b"\n")
         self.root = os.path.join(os.path.dirname(path), os.fsdecode(root))
-        self.digest = hashlib.sha256(memoryview(text)[len(root) :]).hexdigest()  # wherever the files lie
+        self.digest = hashlib.sha256(memoryview(text)[len(root) :]).hexdigest()  # the folder does not count
         self.lines = []  # of bytes: millions of them take little memory
         n_samples = array("q")
         for number, line in enumerate(lines, start=2):
@@ -273,7 +273,7 @@ class Manifest:
         return os.fsdecode(self.lines[i]).split("\t")
 
     def path(self, i: int) -> str:
-        """Path of clip i. Raises InputError if it is not below the root: a manifest may be a stranger's."""
+        """Path of clip i. Raises InputError if it is not below the root: a manifest may be untrusted."""
         name = self.fields(i)[0]
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError("lies outside the manifest's folder")
@@ -284,7 +284,7 @@ class Clip(NamedTuple):
     """One item of an AudioDataset: a clip, or a piece of a long one."""
 
     waveform: Tensor  # (S,) not padded
-    item: int  # the item that was read: if another stands in, that one, whose labels count
+    item: int  # the item that was read, the stand-in if there is one: use its labels
     problem: str  # file and reason, if another clip stands in for it
 
 
@@ -299,8 +299,8 @@ class Batch(NamedTuple):
 
 class AudioDataset:
     """The clips of a manifest, each cut into pieces of at most `n_frames` frames.
-    Hour-long recordings are used to the last piece that is full; without `segments`, as in the released code,
-    only the first n_frames of each clip, and `n_cut` clips are longer. An item that cannot be read is
+    Long recordings are used up to their last full piece; without `segments`, as in the released code, only
+    the first n_frames of each clip (`n_cut` counts the longer ones). An item that cannot be read is
     replaced by the first piece of the next clip, always the same one. Raises InputError if nothing is usable.
     """
 
@@ -382,11 +382,11 @@ class AudioDataset:
             next_line = self.line[stand_in] + 1
             stand_in = int(torch.searchsorted(self.line, next_line)) % len(self)
         problem = problem.replace("\t", " ")
-        raise InputError(f"{problem}; nor can the next {MAX_STAND_INS} be read: is the data still there?")
+        raise InputError(f"{problem}; nor can the clips after it be read: is the data still there?")
 
 
 def labels_of(fields: list[str]) -> list[str]:
-    """The labels in the columns of a manifest's line, in one spelling of accents (Unicode's NFC)."""
+    """The labels in the columns of a manifest's line, with accents spelt in one way (Unicode's NFC)."""
     if len(fields) < 3:
         return []
     text = unicodedata.normalize("NFC", fields[2])
@@ -433,7 +433,7 @@ def seed_of(purpose: str, *key: int) -> int:
 
 
 class ClipSampler:
-    """Endless batches of items: a new order every epoch, one epoch after the other without a gap.
+    """Endless batches of items: a new order every epoch, and epochs follow each other without a gap.
     Update s uses the clips s * batch_size ... (s + 1) * batch_size - 1 of that stream, for any number of
     processes; each takes its share of them, in `accumulate` parts. Iterates over lists of items from update
     `start` on. An epoch is a permutation of all items or, with `weights`, `epoch_items` drawn, none twice."""
@@ -489,13 +489,13 @@ def build_loader(
     data: AudioDataset, batches: Iterable[list[int]], workers: int, timeout: float = 1800
 ) -> Iterator[Batch]:
     """Batches of items in order, read ahead by `workers` threads: decoding runs outside Python's lock.
-    Raises TimeoutError if a batch takes more than `timeout` seconds."""
+    Raises TimeoutError if the next batch does not come within `timeout` seconds."""
 
     def read(items: list[int]) -> Batch:
         return collate([data[item] for item in items], data.n_frames)
 
-    # One OpenMP thread for each loader thread, or the resampler starts a team in each. Asked for its number
-    # first, this thread keeps it: torch would give it the number that is set last
+    # One OpenMP thread for each loader thread, or the resampler starts a team in each. get_num_threads comes
+    # first, because it fixes this thread's number, which would else be the one that is set last
     torch.get_num_threads()
     pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
     waiting = collections.deque()
@@ -507,13 +507,13 @@ def build_loader(
         while waiting:
             yield waiting.popleft().result(timeout)
     except TimeoutError:
-        raise TimeoutError(f"no batch for {timeout:.0f} s: reading {data.source} does not go on") from None
+        raise TimeoutError(f"no batch for {timeout:.0f} s: reading {data.source} hangs") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
+    """Copy to the device, without waiting for it."""
     if device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

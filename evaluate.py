@@ -1,4 +1,4 @@
-"""How good is it? Metrics, predictions, probes; and how all scripts start, save and end.
+"""How good is it? Metrics, predictions and probes; and how all scripts start, save and end.
 
     python evaluate.py CKPT eval.tsv              fine-tuned: mAP, AUC, d-prime, accuracy; a CSV of classes
     python evaluate.py CKPT train.tsv test.tsv    frozen: a linear probe of the encoder
@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import dataclasses
 import datetime
+import faulthandler
 import inspect
 import json
 import math
@@ -116,7 +117,7 @@ def predict(
     function: Function, data: AudioDataset, config: ModelConfig, device: torch.device,
     workers: int = 0, batch_size: int = 32, timeout: float = 1800,
 ) -> Predictions:  # fmt: skip
-    """Apply a function to every item of a data set once: each process to a stretch of them, all get all the
+    """Apply a function to every item of a data set once: each process to its share of them, all get all the
     results. Raises InputError if none can be read."""
     own = torch.arange(len(data))
     if dist.is_initialized():
@@ -126,7 +127,8 @@ def predict(
     values = []
     items = []
     problems = []
-    for batch in tqdm(loader, "predict", len(batches), leave=False, disable=is_quiet()):
+    is_off = not is_first() or None  # None: off without a terminal
+    for batch in tqdm(loader, "predict", len(batches), leave=False, disable=is_off):
         waveform = batch.waveform.to(device)
         spec = spectrogram(waveform, batch.n_samples.to(device), config.norm_mean, config.norm_std)
         good = [row for row, problem in enumerate(batch.problems) if not problem]  # a stand-in is not scored
@@ -145,7 +147,7 @@ PROBE_POOLINGS = ("bands", "cls_mean")
 
 
 def probe_block(config: ModelConfig, block: int = 0) -> int:
-    """The block that probes see: the named one, from 1 on, or for 0 the one at 7/12 of the depth, reported as
+    """The block that probes see: `block`, counted from 1, or for 0 the one at 7/12 of the depth, reported as
     the best of the published weights (extras/runs/laptop/README.md). Raises InputError if there is none."""
     if not 0 <= block <= config.depth:
         raise InputError(f"there is no block {block}: the encoder has {config.depth}")
@@ -238,9 +240,9 @@ def evaluate_classifier(args: argparse.Namespace, device: torch.device) -> None:
         print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
     if test.data.n_cut:
         print(f"WARNING: {test.data.n_cut} longer clips are scored by their beginning", file=sys.stderr)
-    folder = Path(args.checkpoint if os.path.isdir(args.checkpoint) else ".")
+    place = args.checkpoint if os.path.isdir(args.checkpoint) else "per_class.csv"
     counts = test.targets[found.items].sum(0)
-    write_table(Path(args.out or folder / "per_class.csv"), model, counts, precision)
+    write_table(Path(args.out or place), model, counts, precision)
 
 
 def evaluate_encoder(args: argparse.Namespace, device: torch.device) -> None:
@@ -261,16 +263,16 @@ def main() -> int:
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("manifest", help="labelled clips: to score, or to fit a probe on")
     parser.add_argument("test", nargs="?", help="labelled clips to score the probe on")
-    parser.add_argument("--classes", default="", help="their names: class_labels_indices.csv, or one a line")
+    parser.add_argument("--classes", default="", help="class names: class_labels_indices.csv, or one a line")
     parser.add_argument("--out", default="", help="table of classes; default: RUN_FOLDER/per_class.csv")
     parser.add_argument("--pooling", choices=PROBE_POOLINGS, default="bands", help="what the probe sees")
-    parser.add_argument("--block", type=int, default=0, help="that the probe sees; 0 = at 7/12 of the depth")
+    parser.add_argument("--block", type=int, default=0, help="the block it sees; 0 = at 7/12 of the depth")
     parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
     parser.add_argument("--workers", type=int, default=4, help="loader threads")
     parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
     args = parser.parse_args()
     if not args.test and (args.teacher or args.block or args.pooling != "bands"):
-        raise InputError("--teacher, --block and --pooling are for probes, which take two manifests")
+        raise InputError("--teacher, --block and --pooling are for probes: name two manifests")
     _, _, device = init_distributed(args.timeout)
     if args.test:
         evaluate_encoder(args, device)
@@ -295,7 +297,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_settings(config) -> None:
-    """Refuse values that cannot work. Raises InputError that names the flag."""
+    """Refuse values that cannot work. Raises InputError naming the flag."""
     for field in dataclasses.fields(config):
         name = field.name
         value = getattr(config, name)
@@ -305,7 +307,7 @@ def check_settings(config) -> None:
         if isinstance(value, str) or name == "norm_mean":
             continue
         if not 0 <= value < math.inf or (name in ABOVE_0 and value == 0):
-            raise InputError(f"--{name} {value} is too small, or no number")
+            raise InputError(f"--{name} {value} is too small or not finite")
         if name in FRACTIONS and value > 1:
             raise InputError(f"--{name} {value} is above 1")
     if config.warmup >= config.updates:
@@ -347,7 +349,7 @@ def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
 
 def init_distributed(timeout: float = 30, alone: bool = False) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, if it did: (rank, number of processes, this one's device).
-    One that waits `timeout` minutes for the others fails, and torchrun then ends the job. Raises InputError
+    A process that waits `timeout` minutes for the others fails, and torchrun ends the job. Raises InputError
     if the others do not come, or if this is a script for one process (`alone`)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -357,29 +359,29 @@ def init_distributed(timeout: float = 30, alone: bool = False) -> tuple[int, int
     backend = "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"{torch.cuda.device_count()} GPUs here: start as many processes, no more")
+            raise InputError(f"{torch.cuda.device_count()} GPUs here: start one process for each")
         device = torch.device("cuda", local_rank)
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
         torch.backends.cudnn.benchmark = True  # shapes are fixed
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has made nan of bf16 (pytorch#196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass can make nan of bf16 (pytorch#196678)
     elif sys.platform == "linux":
         libc = ctypes.CDLL(None)  # keep freed memory: fresh pages cost a tenth of a small update
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if world == 1:
         return 0, 1, device
-    limit = datetime.timedelta(minutes=min(timeout, 1e6))
+    limit = datetime.timedelta(minutes=timeout)
     try:
-        # torchrun's restarts share a store, and would find the addresses of the dead in it (pytorch#135712)
+        # torchrun's restarts share a store, and would find stale addresses in it (pytorch#135712)
         store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (ValueError, RuntimeError) as error:
-        others = f"the other {world - 1} processes that WORLD_SIZE promises"
-        raise InputError(f"did not meet {others} (torchrun starts them): {first_line(error)}") from None
+        others = f"the other {world - 1} processes of WORLD_SIZE (torchrun starts them)"
+        raise InputError(f"could not connect to {others}: {first_line(error)}") from None
     return rank, world, device
 
 
@@ -397,8 +399,8 @@ def distribute(model: nn.Module) -> nn.Module:
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         if not torch.cuda.is_available():
-            # It regroups its buckets in its second update, also after a resume: the sums would take another
-            # order, and a resumed run would end with other bits
+            # DDP regroups its buckets in the second update after each start. That changes the order of sums,
+            # so that a resumed run would not end with the same bits
             model.reducer._push_all_rebuilt_params()
     return model
 
@@ -406,11 +408,6 @@ def distribute(model: nn.Module) -> nn.Module:
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def is_quiet() -> bool | None:
-    """tqdm's `disable`: no bar in other processes than the first, nor (None) where there is no terminal."""
-    return None if is_first() else True
 
 
 def open_run_folder(out_dir: Path) -> tuple[Path | None, IO]:
@@ -493,9 +490,10 @@ def run_script(main: Callable[[], int]) -> None:
     wait 5 s, in which torchrun ends them. Ends by os._exit: Python would wait for a read that hangs."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
     if not torch.cuda.is_available() or "WORLD_SIZE" not in os.environ:  # else NCCL says what happened there
-        # Keep stderr for Python: libmpg123 warns there of much that is fine, and names no file
+        # Keep stderr for Python: libmpg123 prints many harmless warnings, without a file name
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        faulthandler.enable(sys.stderr)
     try:
         status = main()
         if dist.is_initialized():
@@ -508,10 +506,8 @@ def run_script(main: Callable[[], int]) -> None:
             time.sleep(5)
         if is_known:
             print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
-        elif not STOP.number:  # else torchrun is ending this process, and another has said why
+        elif not STOP.number or not dist.is_initialized():  # else torchrun is ending this process
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 

@@ -6,7 +6,7 @@
     python finetune.py --preset as20k --init CKPT --data train.tsv --eval_data eval.tsv --classes labels.csv
     torchrun --nproc_per_node=4 finetune.py --preset as2m ...     any preset, on any number of processes
 
-CKPT is what model.read_pretrained knows, or `scratch`. The run folder `--out_dir` gets the same files as that
+CKPT is what model.read_pretrained reads, or `scratch`. The run folder `--out_dir` gets the same files as that
 of pretrain.py, the scores of each evaluation in log.jsonl, and best.pt, the best by `--metric`. The same
 command started again goes on. `--frozen` only fits a linear classifier to the frozen encoder. Presets have
 the released scripts' settings. Citations such as utils/mixup.py:22 point into the released code
@@ -48,7 +48,7 @@ class FinetuneConfig(RunConfig):
     # Data and network
     data: str = ""  # labelled manifest to train on
     eval_data: str = ""  # labelled manifest to evaluate on
-    classes: str = ""  # class_labels_indices.csv, or a label a line; without it, the labels of --data
+    classes: str = ""  # class_labels_indices.csv, or a label a line; default: the labels of --data
     out_dir: str = "runs/finetune"  # run folder; a run found there is resumed
     init: str = ""  # checkpoint to start from, own or released, or scratch
     model: Literal[*MODELS] = "base"  # size of --init scratch: a row of model.MODELS
@@ -57,7 +57,7 @@ class FinetuneConfig(RunConfig):
     norm_std: float = 4.569  # their standard deviation; values are divided by twice this. 0 = both as --init
     min_samples: int = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
     # Loss and network
-    loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # BCE per positive or clip; softmax
+    loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # by positives; by clips; softmax
     metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: metric and loss by labels
     pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
     frozen: bool = False  # fit only a linear classifier, on bands, by logistic regression
@@ -73,19 +73,19 @@ class FinetuneConfig(RunConfig):
     roll: bool = True  # rotate each waveform by a random part of it, with a random gain
     noise: bool = False  # add uniform noise and rotate each spectrogram by up to 10 frames
     weighted: bool = True  # draw clips so that rare classes are heard
-    epoch_clips: int = 200_000  # clips of an epoch if weighted
+    epoch_clips: int = 200_000  # clips per epoch if weighted
     # Optimisation
     batch_size: int = 96  # clips per update, over all processes
     updates: int = 300_000  # length of the run; 300,000 are about 15 passes over AS-2M
     lr: float = 5e-5  # peak learning rate of everything above the blocks, 0 = 0.2 / width
-    min_lr: float = 1e-6  # learning rate at both ends; a block whose peak is lower keeps that throughout
+    min_lr: float = 1e-6  # learning rate at both ends; constant for blocks whose peak is lower
     warmup: int = 30_000  # updates of linear warm-up, in proportion to --updates unless given; then cosine
-    clip_norm: float = 0.0  # largest gradient norm, 0 = any
+    clip_norm: float = 0.0  # largest gradient norm, 0 = no clipping
     # Evaluation
     eval_every: int = 0  # updates between evaluations, 0 = an epoch, or a twentieth of the run if longer
 
 
-SMALL = dict(  # data sets: less augmentation
+SMALL = dict(  # for small data sets: less augmentation
     weighted=False, label_smoothing=0.1, mixup=0.0, roll=False, specaug_freq=0.1, specaug_time=0.1,
     layer_decay=0.9,
 )  # fmt: skip
@@ -158,7 +158,7 @@ def mixup(x: Tensor, weight: float) -> Tensor:
 
 
 def draw_mixup_weight(config: FinetuneConfig, step: int) -> float:
-    """The weight of an update, the same on all processes; 1: it does not mix."""
+    """The mixing weight of an update, the same in all processes; 1 = no mixing."""
     rng = np.random.default_rng(seed_of("mixup", config.seed, step))
     if config.mixup and rng.random() < config.mixup_prob:
         return rng.beta(config.mixup, config.mixup)
@@ -213,7 +213,7 @@ def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tens
 def layer_decay_groups(model: AudioClassifier, config: FinetuneConfig) -> list[dict]:
     """Parameters grouped by peak learning rate: block i of L has lr * layer_decay^(L - i), all else lr.
     So the last block is below the head by one factor, and patch_embed, CLS token and norms are at the head's
-    rate (models/EAT_audio_classification.py:290-344; not in the paper). A group's own floor is never above
+    rate (models/EAT_audio_classification.py:290-344; not in the paper). A group's min_lr is never above
     its peak."""
     groups = {}
     depth = len(model.encoder.blocks)
@@ -260,7 +260,7 @@ def sampling_weights(targets: Tensor) -> Tensor:
     """How often each clip is drawn so that rare classes are heard: (n, C) -> (n,) float64.
     The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al.
     2021, github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are
-    understood to rest; its own file is not published."""
+    believed to rest; its own file is not published."""
     clip, label = targets.nonzero().unbind(1)                                # (labels,) of all clips
     rarity = 1000 / (targets.sum(0).double() + 0.01)                         # (C,)
     weights = torch.zeros(len(targets), dtype=torch.float64)
@@ -271,7 +271,7 @@ def sampling_weights(targets: Tensor) -> Tensor:
 
 
 def fit_to_network(config: FinetuneConfig, network: ModelConfig) -> FinetuneConfig:
-    """Replace settings of 0 by what they stand for."""
+    """Replace settings of 0 by the values they stand for."""
     if not config.clip_frames:
         frames = network.clip_frames
         if config.init == "scratch":
@@ -293,12 +293,12 @@ def fit_to_labels(config: FinetuneConfig, targets: Tensor) -> FinetuneConfig:
     if config.metric == "auto":
         config = replace(config, metric="accuracy" if is_single else "mAP")
     if not is_single and (config.loss == "ce" or config.metric == "accuracy"):
-        raise InputError(f"a clip of {config.data} has several labels: --loss bce --metric mAP")
+        raise InputError("a clip of --data or --eval_data has several labels: --loss bce --metric mAP")
     return config
 
 
 def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Labelled, AudioClassifier]:
-    """Open what the settings name: the settings, fitted to it, training and test set, network."""
+    """Open what the settings name: (the settings, fitted to it; training and test set; network)."""
     if not config.eval_data:
         raise InputError("--eval_data is missing: a labelled manifest")
     if not config.init:
@@ -322,10 +322,11 @@ def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Label
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--clip_frames: {error}") from None
-    head = dict(pooling=config.pooling)
-    if config.frozen:
-        head = dict(pooling="bands", block=probe_block(network, config.block), norm_eps=None)
-    model = AudioClassifier(network, train.classes, exclusive=config.loss == "ce", **head)
+    head = dict(pooling=config.pooling, exclusive=config.loss == "ce")
+    if config.frozen:  # see fit_linear
+        block = probe_block(network, config.block)
+        head = dict(pooling="bands", exclusive=has_one_class(train.targets), block=block, norm_eps=None)
+    model = AudioClassifier(network, train.classes, **head)
     model.encoder.load_state_dict(encoder.state_dict())
     return config, train, test, model
 
@@ -359,11 +360,9 @@ def train(config: FinetuneConfig) -> int:
     labels = "\n".join(classes).encode(errors="surrogateescape")
     run.parts = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
     run.about = dict(network=asdict(classifier.config), head=classifier.head_settings)
-    state = run.resume(
-        MAY_CHANGE, data_digest=data.manifest.digest, eval_digest=test_set.data.manifest.digest,
-        classes_digest=hashlib.sha256(labels).hexdigest(),
-    )  # fmt: skip
-    run.about["best"] = state.get("best", [0, 0.0, 0])
+    digests = dict(data_digest=data.manifest.digest, eval_digest=test_set.data.manifest.digest)
+    digests["classes_digest"] = hashlib.sha256(labels).hexdigest()
+    run.about["best"] = run.resume(MAY_CHANGE, **digests).get("best", [0, 0.0, 0])  # clips, score, update
     run.say(f"{len(classes)} classes, {len(data):,} clips, {len(test_set.data):,} to evaluate on")
     n_cut = data.n_cut + test_set.data.n_cut
     if n_cut:
@@ -377,7 +376,7 @@ def train(config: FinetuneConfig) -> int:
         scores, _ = summarize_scores(found.values, test_set.targets[found.items])
         run.log(step=step, **scores, unreadable=len(found.problems))
         run.add("bad_files.tsv", found.problems)
-        new = [scores["clips"], scores[config.metric], step]  # a score of fewer clips says less
+        new = [scores["clips"], scores[config.metric], step]  # a score on fewer clips never wins
         if new[:2] > run.about["best"][:2] and run.save("best.pt", step, dict(classifier=classifier)):
             run.about["best"] = new
         return scores[config.metric]
@@ -392,9 +391,9 @@ def train(config: FinetuneConfig) -> int:
     weights = sampling_weights(targets) if config.weighted else None
     sampler = run.sampler(data, weights, config.epoch_clips)
     batches = run.load(data, sampler)
-    # Evaluate every epoch or, if that is more, every twentieth of the run
-    epoch = sampler.epoch_items // config.batch_size
-    eval_every = config.eval_every or max(epoch, config.updates // 20, 1)
+    # Evaluate every epoch or, if that is longer, every twentieth of the run
+    epoch_updates = sampler.epoch_items // config.batch_size
+    eval_every = config.eval_every or max(epoch_updates, config.updates // 20, 1)
 
     # Speed: compile in place, so that names of parameters stay; average gradients over processes
     if config.compile:
@@ -421,8 +420,8 @@ def train(config: FinetuneConfig) -> int:
     if not run.stopped:
         last = evaluate(config.updates)
         _, best, step = run.about["best"]
-        run.say(f"done: {config.metric} {last:.4f} in the end, last.pt: the score to quote")
-        run.say(f"best: {best:.4f} after update {step}, best.pt: chosen on --eval_data, so too good")
+        run.say(f"done: {config.metric} {last:.4f} at the end, last.pt: the score to report")
+        run.say(f"best: {best:.4f} after update {step}, best.pt: selected on --eval_data, so optimistic")
     return run.stopped
 
 

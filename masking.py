@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def count_visible(n_patches: int, mask_ratio: float) -> int:
-    """Number of patches left visible, 102 of 512 at ratio 0.8: same float arithmetic as the released code."""
+    """Number of visible patches, 102 of 512 at ratio 0.8, in the released code's float arithmetic."""
     return int(n_patches * (1 - mask_ratio))
 
 
@@ -33,30 +33,30 @@ def inverse_block_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draw n masks that keep a few blocks visible: (n, H*W) bool, True = masked, equally many in each row.
+    """Draw n masks that keep a few blocks visible: (n, H*W) bool, True = masked, the same number in each row.
 
     Paper Sec. 3.3; algorithm of the released code (utils/data_utils.py:211-387): a fixed number of centres,
-    drawn with replacement; blocks are cut off at the border of the grid; then patches are added or dropped at
+    drawn with replacement; blocks are clipped at the edges of the grid; then patches are added or dropped at
     random. Blocks of 1 x 1 are random masks, as in MAE.
 
     Args:
         grid: patches in (time, frequency).
         mask_ratio: fraction of patches to hide.
         block: size of a visible block in patches, (time, frequency).
-        adjust: extra area drawn to make up for overlapping and cut blocks.
-        generator, device: where the masks are drawn; nothing is copied to or from the CPU.
+        adjust: extra area drawn to make up for overlapping and clipped blocks.
+        generator, device: used to draw the masks; nothing is copied between CPU and GPU.
     Raises:
         ValueError: the block is larger than the grid, or no block or patch would be visible.
     """
     H, W = grid
     h, w = block
     if not (0 < mask_ratio < 1 and 0 < h <= H and 0 < w <= W):
-        raise ValueError(f"a grid of {H} x {W} has no mask of ratio {mask_ratio} with blocks of {h} x {w}")
+        raise ValueError(f"no masks of ratio {mask_ratio} with blocks of {h} x {w} fit {H} x {W} patches")
     n_visible = count_visible(H * W, mask_ratio)
     n_blocks = int(H * W * ((1 - mask_ratio + adjust) / (h * w)))
     if not 0 < n_visible < H * W or n_blocks < 1:
         raise ValueError(
-            f"{H} x {W} patches at mask ratio {mask_ratio} leave {n_visible} visible, which has room for "
+            f"{H} x {W} patches at mask ratio {mask_ratio} leave {n_visible} visible, room for "
             f"{n_blocks} blocks of {h} x {w}: choose a smaller block, longer clips or another ratio"
         )
     center = torch.randint(H * W, (n, n_blocks, 1), generator=generator, device=device)  # (n, K, 1)
@@ -71,8 +71,8 @@ def inverse_block_mask(
 
 
 def visible_ids(mask: Tensor, n_visible: int) -> Tensor:
-    """Column numbers of the visible patches, ascending: (n, N) bool -> (n, V).
-    V is passed in rather than counted, so that a GPU need not tell the CPU what it drew."""
+    """Indices of the visible patches, ascending: (n, N) bool -> (n, V).
+    V is an argument, because counting would make the CPU wait for the GPU."""
     return mask.byte().argsort(dim=1, stable=True)[:, :n_visible]
 
 

@@ -69,7 +69,7 @@ class ModelConfig:
         if self.clip_frames not in range(P, P * MAX_PATCH_ROWS + 1, P) or self.mel_bins % P:
             raise ValueError(f"expected whole patches of {P}, at most {MAX_PATCH_ROWS} in time: {self}")
         if self.width % self.heads or self.width % 4 or self.depth > 256:
-            raise ValueError(f"expected a width that divides by heads and 4, at most 256 blocks: {self}")
+            raise ValueError(f"expected a width divisible by heads and by 4, and at most 256 blocks: {self}")
         if not (0 <= self.drop_path < 1 and abs(self.norm_mean) < math.inf and 0 < self.norm_std < math.inf):
             raise ValueError(f"expected a drop_path below 1, a finite norm_mean, a norm_std above 0: {self}")
 
@@ -104,13 +104,13 @@ def sincos_2d(rows: int, cols: int, width: int, device: torch.device | None = No
 
 
 def flat_rows(ids: Tensor, n: int) -> Tensor:
-    """Patch numbers of each clip, (B, k), as rows of all clips' patches, (B*n, D): (B*k,)."""
+    """Patch indices within each clip, (B, k) -> row indices into all clips' patches, (B*n, D): (B*k,)."""
     first = n * torch.arange(ids.shape[0], device=ids.device)[:, None]   # (B, 1)
     return (first + ids).flatten()
 
 
 class LayerNorm(nn.LayerNorm):
-    """Returns the type of x, with statistics in fp32; autocast alone would return fp32."""
+    """Keeps the type of x, with statistics in fp32; under autocast nn.LayerNorm would return fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Leave a residual branch out for a part `rate` of the clips: (B, T, D) -> (B, T, D)."""
+    """Drop a residual branch for a fraction `rate` of the clips: (B, T, D) -> (B, T, D)."""
     if rate == 0:
         return x
     scale = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)  # (B, 1, 1), 0 where left out
@@ -161,7 +161,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 class Block(nn.Module):
     """Post-norm transformer block: each residual sum is normalised (models/modules.py:259-324).
-    Returns the new tokens and the bare output of the feed-forward network, of which the targets are made."""
+    Returns the new tokens and the bare output of the feed-forward network, from which targets are made."""
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
         super().__init__()
@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the released code (EAT_pretraining.py:243-251); what is not listed stays as PyTorch makes it."""
+        """As in the released code (EAT_pretraining.py:243-251); everything else keeps PyTorch's default."""
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.width, -1))
         nn.init.normal_(self.cls_token, std=1.0)  # not the usual 0.02
         for layer in self.blocks.modules():
@@ -216,9 +216,8 @@ class Encoder(nn.Module):
         x = self.patch_embed(spec)                                        # (B, D, H, W)
         H, W = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                  # (B, N, D)
-        dtype = x.dtype  # in autocast: its type; fp32 up to the norm
-        pos_embed = sincos_2d(H, W, self.config.width, x.device)          # (N, D): computed, so never missing
-        x = x + pos_embed
+        dtype = x.dtype  # of autocast, restored after the norm; fp32 until then
+        x = x + sincos_2d(H, W, self.config.width, x.device)              # (B, N, D)
         if ids_keep is not None:
             B, N, D = x.shape
             rows = flat_rows(ids_keep.reshape(B, -1), N)                  # (B*C*V,)
@@ -248,7 +247,7 @@ class Encoder(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, teacher: bool = False) -> "Encoder":
         """The encoder of any checkpoint that read_pretrained knows, in eval mode. Raises CheckpointError.
-        Of a pre-training run it is the student, as the released code uses it, or with `teacher` its EMA."""
+        For a pre-training run, the student, as in the released code, or with `teacher` its EMA."""
         state = read_pretrained(path)
         if teacher:
             return rebuild(cls, state, "teacher")
@@ -272,7 +271,7 @@ def make_targets(ffn_outputs: list[Tensor]) -> Tensor:
 class Decoder(nn.Module):
     """CNN that predicts every patch from the visible ones (paper Sec. 3.3; models/modules.py:182-230).
     Only in the released code: grouped convolutions, residuals, norms without affine, a final linear layer,
-    and small noise instead of a learned mask token. The grid implies the positions."""
+    and small noise instead of a learned mask token. It needs no positions: convolutions see the grid."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -285,13 +284,13 @@ class Decoder(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, noise: Tensor, grid: tuple[int, int]) -> Tensor:
-        """tokens (B*C, V, D) in their places among `noise` (B*C, N, D) -> (B*C, N, D)."""
+        """Put tokens (B*C, V, D) in their places among `noise` (B*C, N, D), and decode: (B*C, N, D)."""
         BC, N, D = noise.shape
         H, W = grid
         rows = flat_rows(ids_keep, N)                                          # (B*C*V,)
         fill = noise.reshape(BC * N, D).to(tokens.dtype)                       # (B*C*N, D)
         x = fill.index_copy(0, rows, tokens.reshape(-1, D)).view(BC, H, W, D)  # (B*C, H, W, D)
-        for conv in self.blocks:  # channels stay last in memory: conv and norm read the tensor as it lies
+        for conv in self.blocks:  # channels stay last in memory: neither conv nor norm copies
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                # (B*C, H, W, D)
             x = x + F.gelu(self.norm(y))
         return self.proj(x.reshape(BC, N, D))                                  # (B*C, N, D)
@@ -357,7 +356,7 @@ class EAT(nn.Module):
 def pool(tokens: Tensor, spec: Tensor, config: ModelConfig, pooling: str) -> Tensor:
     """One vector for each clip, from its tokens (B, 1+N, D) and their spec (B, 1, F, M).
     cls, as in the paper, (B, D); mean over the patches, (B, D); or bands, (B, 2*W*D): mean and deviation over
-    time of each band of 16 mel bins, without padding and digital silence (frames of equal mel bins)."""
+    time of each band of 16 mel bins, without padding or digital silence (frames of equal mel bins)."""
     patches = tokens[:, 1:]                                        # (B, N, D)
     if pooling == "cls":
         return tokens[:, 0]                                        # (B, D)
@@ -365,10 +364,11 @@ def pool(tokens: Tensor, spec: Tensor, config: ModelConfig, pooling: str) -> Ten
         return patches.mean(1)                                     # (B, D)
     H, W = config.grid(spec.shape[2])
     patches = patches.unflatten(1, (H, W))                         # (B, H, W, D)
-    is_sound = (spec.amax(3) > spec.amin(3)).float()               # (B, 1, F)
-    part = F.avg_pool1d(is_sound, config.patch_size)[:, 0]         # (B, H) of each row of patches
-    least = part.amax(1, keepdim=True).clamp(max=0.5)              # (B, 1): some row is always used
-    weight = (part >= least).float()[:, :, None, None]             # (B, H, 1, 1)
+    n_steps = (spec[..., 1:] != spec[..., :-1]).sum(3)             # (B, 1, F) between mel bins
+    is_sound = (n_steps > 2).float()                               # SpecAugment's blank band makes two
+    share = F.avg_pool1d(is_sound, config.patch_size)[:, 0]        # (B, H) of each row of patches
+    least = share.amax(1, keepdim=True).clamp(max=0.5)             # (B, 1): at least one row is used
+    weight = (share >= least).float()[:, :, None, None]            # (B, H, 1, 1)
     total = weight.sum(1)                                          # (B, 1, 1)
     mean = (patches * weight).sum(1) / total                       # (B, W, D)
     square = (patches - mean[:, None]).square() * weight           # (B, H, W, D)
@@ -378,8 +378,8 @@ def pool(tokens: Tensor, spec: Tensor, config: ModelConfig, pooling: str) -> Ten
 
 class AudioClassifier(nn.Module):
     """Encoder, LayerNorm and a linear head (paper Sec. 3.4; models/EAT_audio_classification.py:365-457).
-    classes: what a manifest calls each class -> its name for people, in the order of the outputs.
-    pooling: how tokens become one vector (`pool`). block: after which block, 0 = the last.
+    classes: label in the manifest -> name to display, in the order of the outputs.
+    pooling: how tokens become one vector (`pool`). block: the block whose output is used, 0 = the last.
     exclusive: a clip has exactly one class, so that probabilities are a softmax, not a sigmoid of each.
     norm_eps: of the LayerNorm, None = without one. Raises ValueError or TypeError for other settings."""
 
@@ -390,10 +390,10 @@ class AudioClassifier(nn.Module):
         super().__init__()
         if pooling not in POOLINGS or block not in range(config.depth + 1):
             raise ValueError(f"there is no pooling {pooling!r}, or no block {block!r}")
-        "".join([*classes, *classes.values()])  # TypeError unless all are names
+        "".join([*classes, *classes.values()])  # raises TypeError unless all are strings
         self.head_settings = dict(
             classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps, block=block
-        )  # fmt: skip
+        )
         self.config = config
         self.classes = dict(classes)
         self.pooling = pooling
@@ -417,7 +417,7 @@ class AudioClassifier(nn.Module):
         return self.head(self.fc_norm(pooled))                     # (B, classes)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What forward returns as probabilities, (B, classes)."""
+        """Logits as probabilities, (B, classes)."""
         return logits.softmax(1) if self.exclusive else logits.sigmoid()
 
     @classmethod
@@ -437,16 +437,16 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def refusing(path: str | Path) -> Iterator[None]:
-    """Inside, whatever Python raises for a damaged or foreign file becomes a CheckpointError of one line.
+    """Turn any exception that a damaged or foreign file causes into a CheckpointError of one line.
     An OSError stays one: a missing permission or memory says nothing about the file."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # whatever zipfile, pickle and torch make of a stranger's bytes
+    except Exception as error:  # zipfile, pickle and torch raise many types for bad files
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT, None):
-            raise  # these three come from wrong offsets in the file
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise  # those three come from wrong offsets in the file
+        if isinstance(error, MemoryError) or "allocate" in str(error):
             raise OSError(errno.ENOMEM, "not enough memory", str(path)) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):  # torch.load runs no code
@@ -455,12 +455,12 @@ def refusing(path: str | Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a file of tensors and plain values, on the CPU; nothing in it is run.
-    Raises CheckpointError if it is missing, damaged or holds more; OSError if it cannot be read now."""
+    """Read a file of tensors and plain values, on the CPU, without running anything in it.
+    Raises CheckpointError if it is missing, damaged or holds objects; OSError if it cannot be read now."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
     with refusing(path):
-        if zipfile.is_zipfile(path):  # torch.load compares no checksums
+        if zipfile.is_zipfile(path):  # torch.load verifies no checksums
             damaged = zipfile.ZipFile(path).testzip()
             if damaged:
                 raise ValueError(f"{damaged} does not match its checksum")
@@ -472,7 +472,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def read_pretrained(path: str | Path) -> dict:
     """What a checkpoint holds: `network`, `student` and `teacher` or `classifier` and `head`; and its `path`.
-    Takes a run folder (its best.pt or else last.pt) or a .pt file. extras/released.py reads those of others:
+    Takes a run folder (its best.pt or else last.pt) or a .pt file. extras/released.py reads other formats:
     released fairseq files and Hugging Face folders. Raises CheckpointError."""
     for name in ("best.pt", "last.pt"):
         if os.path.isfile(os.path.join(path, name)):
@@ -495,11 +495,11 @@ def read_pretrained(path: str | Path) -> dict:
 def rebuild(cls: type[nn.Module], state: dict, part: str, prefix: str = "") -> nn.Module:
     """The network that a checkpoint's `part` holds, behind `prefix`, in eval mode. Raises CheckpointError."""
     if not state.get(part):
-        raise CheckpointError(f"{state['path']} has no {part}: it is of another kind")
+        raise CheckpointError(f"{state['path']} has no {part}: it is another kind of checkpoint")
     with refusing(state["path"]):
         config = ModelConfig(**state["network"])
         settings = state["head"] if cls is AudioClassifier else {}
-        with torch.device("meta"):  # sizes that it only claims take no memory
+        with torch.device("meta"):  # a false size allocates nothing
             model = cls(config, **settings)
         weights = {}
         for name, weight in state[part].items():

@@ -10,6 +10,7 @@ completed updates, is drawn from (seed, step, clip): the run is the same for any
 `train_step` and `train` first. Citations such as EAT_pretraining.py:364 as in model.py.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -33,7 +34,7 @@ from data import (
     write_lines,
 )  # fmt: skip
 from evaluate import (
-    STOP, check_settings, distribute, gather, init_distributed, is_quiet, open_probe_sets, open_run_folder,
+    STOP, check_settings, distribute, gather, init_distributed, open_probe_sets, open_run_folder,
     parse_config, pick_precision, pooled, probe, run_script, save_checkpoint, spread,
 )  # fmt: skip
 from masking import count_visible, inverse_block_mask, visible_ids
@@ -45,11 +46,10 @@ DEMO = Path(__file__).resolve().parent / "extras" / "demo"
 @dataclass(frozen=True)
 class RunConfig:
     """What pre-training and fine-tuning have in common."""
-
     accumulate: int = 1  # parts that a process divides its clips into, to save memory
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
-    weight_decay: float = 0.05  # AdamW's, on everything (released code)
+    weight_decay: float = 0.05  # AdamW's, on all parameters (released code)
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the networks
     workers: int = 4  # loader threads of a process
@@ -67,8 +67,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Pre-training, paper Table 4, with the released code's values where the paper has none or others."""
-
+    """Pre-training, paper Table 4, with the released code's values where the paper gives none or differs."""
     # Data and network
     data: str = ""  # manifest to train on (python extras/prepare.py scan makes one)
     out_dir: str = "runs/pretrain"  # run folder; a run found there is resumed
@@ -88,21 +87,21 @@ class PretrainConfig(RunConfig):
     # Loss and teacher
     utterance_weight: float = 192.0  # weight of the CLS loss; 192 is the released lambda = 1 (see README)
     target_layers: int = 0  # average the teacher's last blocks, 0 = all
-    ema_decay: float = 0.9998  # decay of the teacher at first (released code), rising linearly
-    ema_decay_end: float = 0.99999  # decay of the teacher at last
-    ema_anneal: int = 100_000  # updates until then, in proportion to --updates unless given
+    ema_decay: float = 0.9998  # initial decay of the teacher (released code), rising linearly
+    ema_decay_end: float = 0.99999  # final decay of the teacher
+    ema_anneal: int = 100_000  # updates to reach it, in proportion to --updates unless given
     # Optimisation
     batch_size: int = 48  # clips per update, over all processes
     updates: int = 400_000  # length of the run; 400,000 are 10 epochs of AudioSet
     lr: float = 5e-4  # peak learning rate
     min_lr: float = 0.0  # learning rate at both ends (the paper's table says 1e-6)
     warmup: int = 53_333  # updates of linear warm-up, in proportion to --updates unless given; then cosine
-    clip_norm: float = 4.0  # largest gradient norm (released code), 0 = any
+    clip_norm: float = 4.0  # largest gradient norm (released code), 0 = no clipping
     stop_on_collapse: bool = False  # stop, rather than warn, when targets or predictions are nearly constant
     # Probes
     probe_train: str = ""  # labelled manifest: fit probes of the frozen encoder, before and after training
     probe_test: str = ""  # labelled manifest to score them on
-    probe_every: int = 0  # also probe every so many updates, 0 = not
+    probe_every: int = 0  # also probe every so many updates, 0 = never
 
 
 PRESETS = {
@@ -117,7 +116,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# What may change when a run goes on. All else makes it another experiment, as do other clips in `data`
+# Settings that may change on resume. Any other change, or other clips in `data`, makes it another run
 MAY_CHANGE = """data out_dir accumulate compile workers log_every save_every save_minutes max_bad_fraction
     max_skipped stop_on_collapse timeout probe_train probe_test probe_every""".split()
 
@@ -128,7 +127,7 @@ LOGGED = ("loss", "loss_frame", "loss_utterance", "grad_norm")  # of what train_
 
 
 def cosine_lr(step: int, peak: float, warmup: int, updates: int, min_lr: float) -> float:
-    """Learning rate after `step` updates: linear from min_lr, which the first update has, to peak, then
+    """Learning rate after `step` updates: linear from min_lr, of the first update, to peak, then
     cosine back, as in the released recipe (fairseq's cosine_lr_scheduler.py:71-146)."""
     if step < warmup:
         return min_lr + (peak - min_lr) * step / warmup
@@ -207,8 +206,8 @@ def train_step(
         losses = losses + torch.stack(part_losses) / config.accumulate
     grad_norm = descend(optimizer, scaler, student, config.clip_norm)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
-    logged = dict(zip(LOGGED, [*losses, grad_norm]))
-    return dict(**logged, pred=out["pred"], targets=targets, mask=mask)
+    logged = zip(LOGGED, [*losses, grad_norm])
+    return dict(logged, pred=out["pred"], targets=targets, mask=mask)
 
 
 def descend(
@@ -217,7 +216,7 @@ def descend(
     """Clip the gradients and step, unless one of them is not finite; returns their norm before clipping."""
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # where 1, fused AdamW leaves the weights alone
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # 1: fused AdamW skips the update
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -231,18 +230,17 @@ def train(config: PretrainConfig) -> int:
     """Run the pre-training that `config` describes, or go on with it; returns the exit status."""
     run = Run(config)
     device = run.device
-
-    # Clips to learn from, and labelled ones to probe what has been learned
-    data = AudioDataset(config.data, config.clip_frames, config.min_samples)
-    probe_sets = ()
-    if config.probe_train or config.probe_test:
-        probe_sets = open_probe_sets(config.probe_train, config.probe_test, config.clip_frames)
-
     # Student and teacher
     student, teacher = open_networks(config)
     student.to(device)
     teacher.to(device).eval().requires_grad_(False)
     optimizer = run.optimizer(student.parameters())
+
+    # Clips to learn from, and labelled ones to probe what is learnt
+    data = AudioDataset(config.data, config.clip_frames, config.min_samples)
+    probe_sets = ()
+    if config.probe_train or config.probe_test:
+        probe_sets = open_probe_sets(config.probe_train, config.probe_test, config.clip_frames)
 
     # Go on from the newest checkpoint in the run folder, if there is one
     run.parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
@@ -260,7 +258,7 @@ def train(config: PretrainConfig) -> int:
 
     def run_probe(step: int) -> None:
         if probe_sets:
-            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where training shows most
+            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where most changes
             run.log(step=step, **probe(function, student.config, *probe_sets, device, **run.loading))
 
     for step in run.steps():
@@ -280,10 +278,9 @@ def train(config: PretrainConfig) -> int:
                 step, LOGGED, epoch=step * config.batch_size / len(data), lr=optimizer.param_groups[0]["lr"],
                 ema_decay=ema_decay(step, config), target_std=target_std, pred_std=pred_std,
             )  # fmt: skip
-            if step > config.warmup and (target_std < 0.1 or pred_std < 0.01):  # the released code's defaults
+            if step > config.warmup and not (target_std > 0.1 and pred_std > 0.01):  # as released
                 run.warn("the features have collapsed (see target_std)", config.stop_on_collapse)
         run.save_or_stop(step)
-
     if not run.stopped:
         run_probe(config.updates)
         run.say(f"done: {config.updates} updates; weights and curves are in {run.out_dir}")
@@ -291,7 +288,7 @@ def train(config: PretrainConfig) -> int:
 
 
 def open_networks(config: PretrainConfig) -> tuple[EAT, Encoder]:
-    """Student and teacher as a run begins with them. Raises InputError for settings that do not fit."""
+    """Student and teacher at the start of a run. Raises InputError for settings that do not fit."""
     torch.manual_seed(config.seed)
     audio = dict(clip_frames=config.clip_frames, norm_mean=config.norm_mean, norm_std=config.norm_std)
     try:
@@ -331,13 +328,13 @@ class Run:
         self.about = {}  # and plain values
         self.lock = None
         self.start = 0  # updates that were made before this process started
-        self.status = 0  # of this process: above 0 to stop
+        self.status = 0  # the exit status that this process asks for, 0 = go on
         self.reason = "another process stops"
         self.stopped = 0  # of all processes: the exit status
         self.history = []  # of each update since the last log line: losses and gradient norm
-        self.problems = []  # clips read since then that cannot be used: file and reason
+        self.problems = []  # clips replaced since the last log line: file and reason
         self.waited = 0.0  # seconds for clips since the last log line
-        self.n_bad = 0  # clips since the start
+        self.n_bad = 0  # clips replaced since this process started
         self.n_skipped = 0  # updates in a row without a finite gradient
         self.logged_at = 0.0
         self.saved_at = time.monotonic()
@@ -348,14 +345,16 @@ class Run:
             raise InputError(f"--batch_size {config.batch_size} does not divide by {parts}")
 
     def optimizer(self, parameters: Iterable) -> AdamW:
-        betas = (self.config.beta1, self.config.beta2)
-        return AdamW(parameters, 0.0, betas, weight_decay=self.config.weight_decay, fused=True)
+        c = self.config
+        return AdamW(parameters, 0.0, (c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
 
     def sampler(self, data: AudioDataset, weights: Tensor | None = None, epoch_items: int = 0) -> ClipSampler:
         """This process's share of the clips of every update, from the next one on."""
         c = self.config
-        share = (self.start, self.rank, self.world, c.accumulate)
-        return ClipSampler(len(data), c.batch_size, c.seed, *share, weights, epoch_items)
+        return ClipSampler(
+            len(data), c.batch_size, c.seed, self.start, self.rank, self.world, c.accumulate, weights,
+            epoch_items,
+        )  # fmt: skip
 
     def resume(self, may_change: list[str], **digests: str) -> dict:
         """Open the run folder, load its newest checkpoint into `parts`, and return it. Raises InputError."""
@@ -382,17 +381,17 @@ class Run:
         self.say(f"{self.out_dir}, from update {self.start}: {self.world} x {self.device.type}, {self.amp}")
         if self.rank == 0:
             write_lines(self.out_dir / "config.json", [json.dumps(self.settings, indent=1)])
-            with open(self.out_dir / "log.jsonl", "a") as log:  # what follows the checkpoint is logged again
+            with open(self.out_dir / "log.jsonl", "a") as log:  # what follows will be logged again
                 log.truncate(min(log.tell(), state["log_size"]))
         return state
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the updates to make, until all are made or the processes agree to stop."""
+        """The numbers of the updates left to make, until all are made or the processes agree to stop."""
         STOP.handle(STOP.note)
         start = self.start
         updates = self.config.updates
         self.logged_at = time.perf_counter()
-        for step in tqdm(range(start, updates), initial=start, total=updates, disable=is_quiet()):
+        for step in tqdm(range(start, updates), initial=start, total=updates, disable=self.rank > 0 or None):
             begin = time.perf_counter()
             yield step
             if step == start + 2:  # the first ones are slower
@@ -407,7 +406,7 @@ class Run:
         """Let the processes agree whether to stop (sets `stopped`); save if they do, or if it is time."""
         if STOP.number:
             self.status = 128 + STOP.number  # as in shells
-            self.reason = f"stopped by {signal.Signals(STOP.number).name}; the same command goes on"
+            self.reason = f"stopped by {signal.Signals(STOP.number).name}; the same command resumes"
         status = torch.tensor(self.status)
         if self.world > 1:
             dist.all_reduce(status, dist.ReduceOp.MAX)  # on the CPU: does not wait for the GPU
@@ -427,10 +426,11 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
+            with contextlib.suppress(OSError):  # output that goes to a full disk
+                tqdm.write(text)
 
     def save(self, name: str, step: int, parts: dict) -> bool:
-        """Write a checkpoint, and return if that worked: on a full disk the run goes on without it."""
+        """Write a checkpoint; returns whether that worked. If the disk is full, the run goes on."""
         if self.rank > 0:
             return True
         state = dict(step=step, settings=self.settings, **self.about)
@@ -448,7 +448,7 @@ class Run:
         return True
 
     def load(self, data: AudioDataset, sampler: ClipSampler) -> Iterator[Batch]:
-        """The sampler's batches; takes note of the time they took, and of clips that cannot be used."""
+        """The sampler's batches; records how long they took, and which clips could not be used."""
         self.add("bad_files.tsv", data.too_short)
         loader = build_loader(data, sampler, **self.loading)
         while True:
@@ -459,7 +459,7 @@ class Run:
             yield batch
 
     def log_training(self, step: int, names: tuple[str, ...], **more) -> None:
-        """Log the means over the updates since the last line, of all processes; stop a run that is ill."""
+        """Log means over processes and the updates since the last line or start; stop a failing run."""
         config = self.config
         rows = torch.stack(self.history)  # (updates, names)
         if self.world > 1:
@@ -504,7 +504,7 @@ class Run:
         self.say("  ".join(shown))
 
     def add(self, name: str, lines: list[str]) -> None:
-        """Add the lines that are new to a file of the run folder; a full disk costs them, not the run."""
+        """Append new lines to a file in the run folder; a full disk loses them, not the run."""
         if self.rank > 0 or not lines:
             return
         try:
