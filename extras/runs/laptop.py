@@ -1,4 +1,4 @@
-"""The laptop run: what is pre-training worth, and is more of it worth more?
+"""The laptop run: how much does pre-training help, and does more of it help more?
 
     python extras/audio/build.py OUT                                   what it trains on
     python extras/runs/laptop.py OUT runs/laptop                       all of it: about 15 hours of one core
@@ -56,19 +56,17 @@ TASKS = {
 UPDATES = 600  # of fine-tuning
 CURVE = ("words10", "words35", "events", "drums")  # linear probes, with the clips of pre-training
 TUNED_TASK = "words35"  # fine-tuned for the curve
-TUNED, SCRATCH = "fine-tuned, pre-trained", "fine-tuned, from scratch"
+TUNED = "fine-tuned, pre-trained"
+SCRATCH = "fine-tuned, from scratch"
 LONGER = {row: f"{row}, 4 times the updates" for row in (TUNED, SCRATCH)}
-PROBED = [f"{kind} probe, " for kind in ("linear", "knn")]
-ROWS = (
-    TUNED,
-    SCRATCH,
-    *(kind + of for of in ("pre-trained", "random encoder", "log-mel") for kind in PROBED),
-)
+PROBED = "linear probe, "
+PROBES = [PROBED + of for of in ("pre-trained", "random encoder", "log-mel")]
 
 
 def keep_checkpoint(run: Path) -> None:
     """Another name for last.pt if it is that of one of STEPS: a link stays when last.pt is replaced."""
-    last, seen = run / "last.pt", run / "seen.pt"
+    last = run / "last.pt"
+    seen = run / "seen.pt"
     with contextlib.suppress(FileNotFoundError):  # there is none yet, or it is just being replaced
         if not (seen.exists() and seen.samefile(last)):
             seen.unlink(missing_ok=True)
@@ -123,8 +121,10 @@ def compare(audio: Path, out_dir: Path, task: str, seed: int, init: Path, *flags
 
 def probe(audio: Path, out_dir: Path, checkpoint: Path, tasks: Iterable[str] = CURVE) -> None:
     """Linear probes of a checkpoint, on the clips that `compare` takes, into out_dir/table.json."""
-    encoder, found = Encoder.from_pretrained(checkpoint), {}
-    frames, least = encoder.config.clip_frames, PRESETS["demo"]["min_samples"]
+    encoder = Encoder.from_pretrained(checkpoint)
+    frames = encoder.config.clip_frames
+    least = PRESETS["demo"]["min_samples"]
+    found = {}
     for task in tasks:
         train = open_labelled(f"{audio / task}_train.tsv", frames, None, least, allow_silence=False)
         test = open_labelled(f"{audio / task}_test.tsv", frames, train.classes)
@@ -142,10 +142,15 @@ class Job(NamedTuple):
 
 def begin(audio: Path, runs: Path, manifests: Iterable[str]) -> tuple[dict[str, Job], Callable]:
     """Jobs by name, the first of which decodes manifests; and a function that adds one."""
-    jobs, packed = {}, runs / "packed"
+    jobs = {}
+    packed = runs / "packed"
 
     def add(name: str, needs: Path, work: Callable, *args, makes: str = "table.json") -> None:
-        source, ready = (audio, audio) if work in (pretrain, pack) else (packed, packed / "done")
+        source = packed
+        ready = packed / "done"
+        if work in (pretrain, pack):
+            source = audio
+            ready = audio
         jobs[name] = Job((ready, needs), runs / name / makes, lambda: work(source, runs / name, *args))
 
     add("packed", audio, pack, manifests, makes="done")
@@ -167,9 +172,10 @@ def list_jobs(audio: Path, runs: Path) -> dict[str, Job]:
             add(f"curve{step}-{seed}", kept, compare, TUNED_TASK, seed, kept, "--rows", "tuned")
     for task in TASKS:
         for seed in SEEDS:
-            run, longer = runs / f"pretrain{seed}", f"--updates={4 * UPDATES}"
+            run = runs / f"pretrain{seed}"
             for kind in ("scratch", "tuned"):
-                name, flags = f"longer-{kind}-{task}-{seed}", ("--rows", kind, longer)
+                name = f"longer-{kind}-{task}-{seed}"
+                flags = ("--rows", kind, f"--updates={4 * UPDATES}")
                 add(name, run / "done", compare, task, seed, run, *flags)
     run = runs / "wide-pretrain"
     add("wide-pretrain", audio, pretrain, 1, WIDE_SCHEDULE, WIDE, makes="done")
@@ -201,8 +207,12 @@ def work_through(jobs: dict[str, Job], runs: Path, only: tuple[str, ...]) -> Non
 def read_table(runs: Path, name: str) -> dict[str, float]:
     """Rows of a job's table.json, one score each; none if it is not done."""
     path = runs / name / "table.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return {row: scores[0] for row, scores in found["accuracy"].items()} if "accuracy" in found else found
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if "accuracy" in found:  # a table of compare.py
+        return {row: scores[0] for row, scores in found["accuracy"].items()}
+    return found
 
 
 def over_seeds(runs: Path, form: str, row: str) -> list[float]:
@@ -215,13 +225,13 @@ def collect(runs: Path) -> dict:
     """Scores of the jobs that are done, a list over seeds in each place."""
     tasks = {}
     for task in TASKS:
-        tasks[task] = {row: over_seeds(runs, f"{task}-{{}}", row) for row in ROWS}
+        tasks[task] = {row: over_seeds(runs, f"{task}-{{}}", row) for row in (TUNED, SCRATCH, *PROBES)}
         for kind, row in (("tuned", TUNED), ("scratch", SCRATCH)):
             tasks[task][LONGER[row]] = over_seeds(runs, f"longer-{kind}-{task}-{{}}", row)
-    curve = {task: {0: tasks[task]["linear probe, random encoder"]} for task in CURVE}
+    curve = {task: {0: tasks[task][f"{PROBED}random encoder"]} for task in CURVE}
     for task in CURVE:
         curve[task] |= {step: over_seeds(runs, f"probe{step}-{{}}", task) for step in STEPS}
-        curve[task][SCHEDULE["updates"]] = tasks[task]["linear probe, pre-trained"]
+        curve[task][SCHEDULE["updates"]] = tasks[task][f"{PROBED}pre-trained"]
     tuned = {0: tasks[TUNED_TASK][SCRATCH]}
     tuned |= {step: over_seeds(runs, f"curve{step}-{{}}", TUNED) for step in STEPS}
     tuned[SCHEDULE["updates"]] = tasks[TUNED_TASK][TUNED]
@@ -234,21 +244,26 @@ def cell(scores: list[float]) -> str:
     """Mean and standard deviation over seeds, if they differ; a dash without any."""
     if not scores:
         return "-"
-    spread = f" ± {statistics.stdev(scores):.3f}" if len({*scores}) > 1 else ""
-    return f"{statistics.mean(scores):.3f}{spread}"
+    text = f"{statistics.mean(scores):.3f}"
+    if len(set(scores)) > 1:
+        text += f" ± {statistics.stdev(scores):.3f}"
+    return text
 
 
 def tables(found: dict) -> list[str]:
     """What each task gains; what the length of pre-training is worth."""
 
     def count(scores: list[float], form: str) -> str:
-        return form.format(len(scores)) if 0 < len(scores) < len(SEEDS) else ""
+        if 0 < len(scores) < len(SEEDS):
+            return form.format(len(scores))
+        return ""
 
     titles = {task: title for task, (title, _) in TASKS.items()}
     lines = [f"| | {' | '.join(titles.values())} |", "|---" * (1 + len(TASKS)) + "|"]
-    for row in (TUNED, SCRATCH, *LONGER.values(), *ROWS[2:]):
+    for row in (TUNED, SCRATCH, *LONGER.values(), *PROBES):
         scores = [found["tasks"][task][row] for task in TASKS]
-        lines.append(f"| {row} | {' | '.join(cell(some) + count(some, ' ({} seeds)') for some in scores)} |")
+        cells = [cell(some) + count(some, " ({} seeds)") for some in scores]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     head = ("updates", f"{titles[TUNED_TASK]}, fine-tuned", *(titles[task] for task in CURVE))
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for step, tuned in found["tuned"].items():
@@ -260,23 +275,37 @@ def tables(found: dict) -> list[str]:
     return lines
 
 
+def deviation(scores: list[float], alone: float) -> float:
+    """Standard deviation over seeds; `alone` for a single one."""
+    if len(scores) < 2:
+        return alone
+    return statistics.stdev(scores)
+
+
 def draw_worth(found: dict):
     """A bar for each task and way to use its labels, with the deviation over seeds; log-mel as a line."""
     figure, axis = plt.subplots(figsize=(9, 3.2))
-    frozen = "linear probe, "
     bars = (
         (SCRATCH, "0.8"), (TUNED, "lightsteelblue"), (LONGER[SCRATCH], "0.6"), (LONGER[TUNED], "C0"),
-        (f"{frozen}random encoder", "navajowhite"), (f"{frozen}pre-trained", "C1"),
+        (f"{PROBED}random encoder", "navajowhite"), (f"{PROBED}pre-trained", "C1"),
     )  # fmt: skip
     for i, (row, colour) in enumerate(bars):
-        known = {x: scores for x, task in enumerate(TASKS) if (scores := found["tasks"][task][row])}
-        means = [statistics.mean(scores) for scores in known.values()]
-        spreads = [statistics.stdev(scores) if len(scores) > 1 else math.nan for scores in known.values()]
-        places = [x + 0.14 * (i - 2.5) for x in known]
+        places = []
+        means = []
+        spreads = []
+        for x, task in enumerate(TASKS):
+            scores = found["tasks"][task][row]
+            if scores:
+                places.append(x + 0.14 * (i - 2.5))
+                means.append(statistics.mean(scores))
+                spreads.append(deviation(scores, math.nan))
         axis.bar(places, means, 0.13, yerr=spreads, color=colour, capsize=2, label=row)
     for x, task in enumerate(TASKS):
-        if scores := found["tasks"][task][f"{frozen}log-mel"]:
-            style = dict(color="k", ls="--", lw=1, label="" if x else f"{frozen}log-mel")
+        scores = found["tasks"][task][f"{PROBED}log-mel"]
+        if scores:
+            style = dict(color="k", ls="--", lw=1)
+            if x == 0:
+                style["label"] = f"{PROBED}log-mel"
             axis.plot([x - 0.42, x + 0.42], [statistics.mean(scores)] * 2, **style)
     axis.set_xticks(range(len(TASKS)), [title for title, _ in TASKS.values()])
     axis.set_ylabel("accuracy")
@@ -292,19 +321,23 @@ def draw_curve(found: dict):
     for number, (panel, name, points) in enumerate(series):
         points = {max(STEPS[0] // 2, int(step)): scores for step, scores in points.items() if scores}
         means = [statistics.mean(scores) for scores in points.values()]
-        spreads = [statistics.stdev(scores) if len(scores) > 1 else 0 for scores in points.values()]
+        spreads = [deviation(scores, 0.0) for scores in points.values()]
         style = dict(marker="o", ms=3, capsize=3, color=f"C{number}", label=name)
         panels[panel].errorbar(points.keys(), means, spreads, **style)
     same = SCHEDULE["updates"]  # of the narrower network, in arithmetic
     for panel, rows in zip(panels, ((TUNED,), CURVE)):
-        for i, row in enumerate(row for row in rows if found["wide"].get(row)):
-            label = "" if i else "288 wide, same arithmetic"
-            panel.plot(same, statistics.mean(found["wide"][row]), "k*", ms=8, label=label)
+        label = "288 wide, same arithmetic"
+        for row in rows:
+            scores = found["wide"].get(row)
+            if scores:
+                panel.plot(same, statistics.mean(scores), "k*", ms=8, label=label)
+                label = ""  # once in a legend
     for row, style, label in (
         (LONGER[TUNED], "-.", "4 times the updates"), (LONGER[SCRATCH], "--", "the same, from scratch"),
-        ("linear probe, log-mel", ":", "linear probe, log-mel"),
+        (f"{PROBED}log-mel", ":", f"{PROBED}log-mel"),
     ):  # fmt: skip
-        if scores := found["tasks"][TUNED_TASK][row]:
+        scores = found["tasks"][TUNED_TASK][row]
+        if scores:
             panels[0].axhline(statistics.mean(scores), color="k", ls=style, lw=1, label=label)
     for axis, title in zip(panels, (f"{TASKS[TUNED_TASK][0]}, fine-tuned", "frozen, linear probe")):
         axis.set_xscale("log", base=2)
@@ -348,7 +381,8 @@ def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
     parser.add_argument("runs", type=Path, help="folder for the runs")
     parser.add_argument("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
     args = parser.parse_args()
-    audio, runs = args.audio.resolve(), args.runs.resolve()
+    audio = args.audio.resolve()
+    runs = args.runs.resolve()
     if not (audio / "pretrain.tsv").exists():
         parser.error(f"{audio} has no pretrain.tsv: make it with extras/audio/build.py")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core
@@ -359,13 +393,16 @@ def main(doc: str, list_jobs: Callable, write_results: Callable) -> None:
     with open(runs / "claims" / "results", "w") as claim:
         fcntl.flock(claim, fcntl.LOCK_EX)  # two may end together
         with open(runs / "logs.jsonl", "w") as out:
-            for name in (name for name, job in jobs.items() if job.makes.exists()):
+            done = [name for name, job in jobs.items() if job.makes.exists()]
+            for name in done:
                 for log in sorted((runs / name).glob("**/log.jsonl")):
+                    run = str(log.parent.relative_to(runs))
                     for line in map(json.loads, log.read_text().splitlines()):
-                        out.write(json.dumps(dict(run=str(log.parent.relative_to(runs)), **line)) + "\n")
+                        out.write(json.dumps(dict(run=run, **line)) + "\n")
         write_results(runs)
         print((runs / "tables.md").read_text())
-    if missing := [name for name, job in jobs.items() if not job.makes.exists()]:
+    missing = [name for name, job in jobs.items() if not job.makes.exists()]
+    if missing:
         sys.exit(f"not done yet: {', '.join(missing)}")
 
 

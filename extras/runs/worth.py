@@ -9,15 +9,18 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from plot import plt  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from extras.plot import plt  # noqa: E402
 
-TUNED, SCRATCH, PROBE = "fine-tuned, pre-trained", "fine-tuned, from scratch", "linear probe, "
+TUNED = "fine-tuned, pre-trained"
+SCRATCH = "fine-tuned, from scratch"
+PROBE = "linear probe, "
 
 
 def draw(tables: dict[str, dict[str, list[float]]]):
     """`tables`: what compare.py found in the folders demo, shipped and scratch4."""
-    demo, shipped = tables["demo"], tables["shipped"]
+    demo = tables["demo"]
+    shipped = tables["shipped"]
     bars = [
         ("from scratch", SCRATCH, demo, "0.7"),
         ("from scratch,\n4 times the updates", SCRATCH, tables["scratch4"], "0.7"),
@@ -30,8 +33,10 @@ def draw(tables: dict[str, dict[str, list[float]]]):
     figure, axis = plt.subplots(figsize=(9, 3.4))
     for x, (_, row, table, colour) in zip((0, 1, 2, 3, 4.5, 5.5, 6.5), bars):
         scores = table[row]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0
-        axis.bar(x, statistics.mean(scores), 0.75, yerr=spread or None, color=colour, capsize=4)
+        style = dict(color=colour)
+        if len(set(scores)) > 1:
+            style |= dict(yerr=statistics.stdev(scores), capsize=4)
+        axis.bar(x, statistics.mean(scores), 0.75, **style)
         axis.plot([x] * len(scores), scores, "k.", ms=4)
     axis.axhline(statistics.mean(demo[PROBE + "log-mel"]), color="k", ls="--", lw=1)
     axis.text(7.05, demo[PROBE + "log-mel"][0] + 0.01, "linear model\nof the log-mel", fontsize=8)
@@ -43,8 +48,8 @@ def draw(tables: dict[str, dict[str, list[float]]]):
 
 
 if __name__ == "__main__":
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("runs", type=Path, help="folder that demo.sh filled")
     parser.add_argument("-o", "--output", default="worth.png")
     args = parser.parse_args()
