@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests", "extras")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
@@ -36,7 +37,7 @@ import pretrain  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-ROOT, BF16 = Path(__file__).resolve().parent.parent, torch.bfloat16
+BF16 = torch.bfloat16
 OUT = Path(sys.argv[2] if len(sys.argv) > 2 else ".")
 SIZE = dict(rows=192, T=103, H=64, W=8, D=768, M=8192) if GPU else dict(rows=4, T=9, H=8, W=4, D=64, M=64)
 found: dict[str, float | str] = {}
@@ -67,7 +68,9 @@ def ms(function, runs: int = 20, warmup: int = 5) -> float:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * runs)]
     pairs = list(zip(events[::2], events[1::2]))
     for begin, end in pairs:
-        begin.record(), function(), end.record()
+        begin.record()
+        function()
+        end.record()
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
 
@@ -141,20 +144,19 @@ def setting(**change):
 
 def batches(config):
     """The same clips in every update, in as many parts as it has."""
-    generator, samples = torch.Generator().manual_seed(0), data.clip_samples(config.clip_frames)
-    waveform = torch.randn(config.batch_size, samples, generator=generator)
-    parts = (waveform * 3000).to(torch.int16).chunk(config.accumulate)
-    for part in itertools.cycle([part.pin_memory() if GPU else part for part in parts]):
+    generator = torch.Generator().manual_seed(0)
+    samples = data.clip_samples(config.clip_frames)
+    waveform = 0.1 * torch.randn(config.batch_size, samples, generator=generator)
+    for part in itertools.cycle(waveform.chunk(config.accumulate)):
         n_samples = torch.full((len(part),), samples)
-        n_samples = n_samples.pin_memory() if GPU else n_samples
         yield data.Batch(part, n_samples, [0] * len(part), [""] * len(part))
 
 
 def make(config):
     """Student, teacher, optimizer, scaler, as pretrain.py has them."""
-    torch.manual_seed(0)
-    student = model.EAT(config.network).to(DEVICE).train()
-    teacher = copy.deepcopy(student.encoder).requires_grad_(False).eval()
+    student, teacher = pretrain.open_networks(config)
+    student.to(DEVICE).train()
+    teacher.to(DEVICE).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**7, enabled=config.amp == "fp16")
     if config.compile:
@@ -164,15 +166,16 @@ def make(config):
 
 
 def whole_update(config, student, teacher, optimizer, scaler, wrapped=None):
-    """A call that makes one update as pretrain.py does, from pinned waveforms on."""
+    """A call that makes one update as pretrain.py does, from waveforms on."""
     sampler = data.ClipSampler(1000, config.batch_size, 0, accumulate=config.accumulate)
-    feed, numbers = batches(config), itertools.count()
-    common = (config, evaluate.pick_precision(config.amp, DEVICE)[1])
+    feed = batches(config)
+    numbers = itertools.count()
+    amp = evaluate.pick_precision(config.amp, DEVICE)
 
     def run():
         step = next(numbers)
         parts = pretrain.draw_parts(feed, sampler, config, step, DEVICE)
-        return pretrain.train_step(wrapped or student, teacher, optimizer, scaler, parts, step, *common)
+        return pretrain.train_step(wrapped or student, teacher, optimizer, scaler, parts, step, config, amp)
 
     return run
 
@@ -191,10 +194,12 @@ def updates() -> None:
         torch.backends.cudnn.benchmark = name != "no cudnn.benchmark"
         if GPU:
             torch.backends.cuda.enable_cudnn_sdp(name == "cuDNN attention")
-            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         config = setting(**change)
-        made, start = make(config), time.perf_counter()
+        made = make(config)
         run = whole_update(config, *made)
+        start = time.perf_counter()
         out = run()  # kept through the next update, as in pretrain.py
         note(f"update, {name}: the first (s)", time.perf_counter() - start)
         note(f"update, {name}: device (ms)", ms(run, 20, 4))
@@ -218,24 +223,26 @@ def updates() -> None:
                 torch.cuda.set_sync_debug_mode("default")
         if name in ("as it is", "compiled") and GPU:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                run(), torch.cuda.synchronize()
+                run()
+                torch.cuda.synchronize()
             form = dict(sort_by="cuda_time_total", row_limit=40, max_name_column_width=110)
             table = profile.key_averages().table(**form)
             (OUT / f"profile_{name.replace(' ', '_')}.txt").write_text(table)
         del made, run, out
-        torch._dynamo.reset(), gc.collect()  # or the next size is compiled as one that varies
+        torch._dynamo.reset()  # or the next size is compiled as one that varies
+        gc.collect()
 
 
 def ddp() -> None:
     """NCCL with one process: three updates with and without DistributedDataParallel, whole and in parts; an
     overflow in fp16 and a nan in bf16 change no weight; then whole_runs."""
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29519")
     backends = dict(backend="cpu:gloo,cuda:nccl", device_id=DEVICE) if GPU else dict(backend="gloo")
-    dist.init_process_group(rank=0, world_size=1, **backends)
-    code, rows, names = torch.tensor(3), torch.ones(2, 3, device=DEVICE), [None]
-    dist.all_reduce(code, dist.ReduceOp.MAX), dist.all_reduce(rows), dist.all_gather_object(names, "rank 0")
-    spread = evaluate.masked_std(torch.randn(1000, 8, device=DEVICE), torch.ones(1000, device=DEVICE))
-    good = code == 3 and rows.sum() == 6 and names == ["rank 0"] and abs(spread - 1) < 0.1
+    dist.init_process_group(rank=0, world_size=1, store=dist.HashStore(), **backends)
+    code = torch.tensor(3)
+    rows = torch.ones(2, 3, device=DEVICE)
+    dist.all_reduce(code, dist.ReduceOp.MAX)
+    dist.all_reduce(rows)
+    good = code == 3 and rows.sum() == 6 and evaluate.gather(["rank 0"]) == ["rank 0"]
     check("collectives on the CPU, the device and of objects", str(bool(good)), good)
     losses = {}
     for wrapped in (False, True):
@@ -264,40 +271,55 @@ def ddp() -> None:
         whole_runs(amp)
 
 
+def start(*command):
+    """A script of the project in another process; without a GPU it starts at once, as in the tests."""
+    if GPU:
+        return subprocess.Popen([sys.executable, *map(str, command)])
+    from conftest import Script
+
+    return Script(command, OUT, OUT / "said.txt", OUT / "said.txt")
+
+
 def whole_runs(amp: str) -> None:
     """300 updates (tiny: 20), stopped by SIGTERM and gone on with, and without a stop; then fine-tuning: the
     scripts themselves."""
     size = "--preset demo --model tiny --batch_size 4 --updates 20"
     if GPU:
         size = "--batch_size 12 --updates 300 --min_samples 1600"
-    command = [sys.executable, ROOT / "pretrain.py", *size.split(), "--data", pretrain.DEMO / "pretrain.tsv"]
+    command = [ROOT / "pretrain.py", *size.split(), "--data", pretrain.DEMO / "pretrain.tsv"]
     command += f"--amp {amp} --warmup 4 --log_every 2 --probe_train= --probe_test= --out_dir".split()
-    cut, uncut = ([str(word) for word in (*command, OUT / f"{amp}_{name}")] for name in ("cut", "uncut"))
-    log = OUT / f"{amp}_cut" / "log.jsonl"
-    process = subprocess.Popen(cut)
+    cut = OUT / f"{amp}_cut"
+    uncut = OUT / f"{amp}_uncut"
+    log = cut / "log.jsonl"
+    process = start(*command, cut)
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    status, stopped = process.wait(), model.load_checkpoint(log.with_name("last.pt"))["step"]
+    os.kill(process.pid, signal.SIGTERM)
+    status = process.wait()
+    stopped = model.load_checkpoint(cut / "last.pt")["step"]
     check(f"{amp}: exit status after SIGTERM", str(status), status == 143)
-    start = time.perf_counter()
-    statuses = [subprocess.run(cut).returncode]
-    note(f"{amp}: resumed run: seconds", time.perf_counter() - start)
-    statuses.append(subprocess.run(uncut).returncode)
+    begin = time.perf_counter()
+    statuses = [start(*command, cut).wait()]
+    note(f"{amp}: resumed run: seconds", time.perf_counter() - begin)
+    statuses.append(start(*command, uncut).wait())
     name = f"{amp}: exit status of the resumed run, and of one without a stop"
     check(name, " ".join(map(str, statuses)), statuses == [0, 0])
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    whole = map(json.loads, (OUT / f"{amp}_uncut" / "log.jsonl").read_text().splitlines())
-    whole, last = {r["step"]: r["loss"] for r in whole}, records[-1]
+    whole = {}
+    for line in (uncut / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        whole[record["step"]] = record["loss"]
+    last = records[-1]
     note(f"{amp}: resumed run: from update, updates, loss", f"{stopped} {last['step']} {last['loss']:.4f}")
-    later = [r for r in records if r["step"] > stopped + 2]  # the line before is the mean of fewer updates
-    differences = [abs(r["loss"] / whole[r["step"]] - 1) for r in later]
+    differences = []
+    for record in records:
+        if record["step"] > stopped + 2:  # the line before is the mean of fewer updates
+            differences.append(abs(record["loss"] / whole[record["step"]] - 1))
     check(f"{amp}: resumed run: largest difference of a loss", max(differences), max(differences) < 0.02)
-    note(f"{amp}: an update (ms), waiting for data", f"{last['step_ms']:.1f} {last['data_wait']:.4f}")
-    tune = [sys.executable, ROOT / "finetune.py", "--init", OUT / f"{amp}_cut", "--amp", amp]
-    tune += "--preset demo --warmup 4 --updates".split() + ["50" if GPU else "5"]
-    tune += ["--out_dir", OUT / f"{amp}_tuned"]
-    status = subprocess.run(list(map(str, tune))).returncode
+    note(f"{amp}: clips/s, waiting for data", f"{last['clips_per_s']:.1f} {last['data_wait']:.4f}")
+    tune = [ROOT / "finetune.py", "--init", cut, "--amp", amp, "--out_dir", OUT / f"{amp}_tuned"]
+    tune += "--preset demo --warmup 2 --updates".split() + ["50" if GPU else "3"]
+    status = start(*tune).wait()
     check(f"{amp}: exit status of fine-tuning", str(status), status == 0)
 
 
@@ -305,13 +327,15 @@ def agree() -> None:
     """The same first update of the base network in every type, on the CPU and the GPU."""
     from test_pretrain import one_update
 
-    config, exact = setting(batch_size=1, updates=9), {}
+    config = setting(batch_size=1, updates=9)
+    exact = {}
     for device, amp, compiled in (
         ("cpu", "fp32", False), *((("cuda", amp, False) for amp in ("fp32", "bf16", "fp16")) if GPU else ()),
         *((("cuda", "bf16", True),) if GPU else (("cpu", "bf16", False),)),
     ):  # fmt: skip
         got = one_update(dataclasses.replace(config, amp=amp), device, compiled)
-        numbers, exact = " ".join(f"{k} {v:.5g}" for k, v in got.items()), exact or got
+        numbers = " ".join(f"{k} {v:.5g}" for k, v in got.items())
+        exact = exact or got
         near = abs(got["loss"] / exact["loss"] - 1) < (1e-3 if amp == "fp32" else 0.02)
         check(f"first update, {device}, {amp}, compiled {compiled}", numbers, near)
 
