@@ -1,5 +1,5 @@
-"""Features as .npz files, which listen.py writes: row by row, so that a day of sound needs little memory; in full or
-not at all, so that a job that was stopped goes on; and marked with the settings that made them.
+"""Features as .npz files, for listen.py: written row by row, so that a day of sound needs little memory; in
+full or not at all, so that a job that was stopped goes on; and with a mark of the settings that made them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ABANDONED = 3600  # seconds without a write after which its job must be dead
 
 
 class Rows:
-    """An array that grows row by row, in a temporary file without a name. Raises OSError if that cannot be made."""
+    """An array that grows row by row, in a temporary file without a name. Raises OSError if it cannot be."""
 
     def __init__(self, folder: Path):
         self.file = tempfile.TemporaryFile(dir=folder)
@@ -86,29 +86,29 @@ def settings_of(encoder: Encoder, block: int, **others) -> dict:
     digest = hashlib.sha256(repr(encoder.config).encode())
     for name, weight in encoder.state_dict().items():
         digest.update(name.encode())
-        digest.update(weight.cpu().numpy())
+        digest.update(weight.cpu().numpy().tobytes())
     return dict(weights=digest.hexdigest(), block=probe_block(encoder.config, block)) | others
 
 
 def find_features(place: Path, settings: dict) -> dict | None:
-    """What a .npz says of itself, None if there is none. Raises InputError if it is of other settings, OSError if
-    there can be no such file."""
+    """What a .npz says of how it was made, None if there is no such file. Raises InputError if the settings
+    were others, OSError if there can be no such file."""
     try:
         with zipfile.ZipFile(place) as archive:
             found = json.loads(archive.comment)
     except FileNotFoundError:
         return None
     except (zipfile.BadZipFile, ValueError):  # written by others
-        found = {}
-    if settings.items() <= found.items():
+        found = None
+    if isinstance(found, dict) and settings.items() <= found.items():
         return found
     other = "another checkpoint, --block or recording"
     raise InputError(f"{place} exists, made with {other}: remove it or choose another name")
 
 
 def write_npz(place: Path, arrays: dict[str, Rows], settings: dict) -> None:
-    """Write a temporary file, then rename it; if another job was quicker, its file stays. Raises InputError if that
-    one is of other settings, OSError if nothing can be written."""
+    """Write a temporary file, then rename it; if another job was quicker, its file stays. Raises InputError
+    if that one was made with other settings, OSError if nothing can be written."""
     partial = place.with_name(f"{TEMPORARY}{uuid.uuid4().hex}.tmp")
     try:
         with open(partial, "xb") as file:
@@ -129,13 +129,14 @@ def write_npz(place: Path, arrays: dict[str, Rows], settings: dict) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove what killed jobs left below a folder; what another job is writing now stays."""
     for path in folder.rglob(f"{TEMPORARY}*.tmp"):
-        if path.stat().st_mtime < time.time() - ABANDONED:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another job has removed it, or forbids it
+            if path.stat().st_mtime < time.time() - ABANDONED:
+                path.unlink()
 
 
 def name_places(output: str, files: list[tuple[Path, Path]]) -> list[Path]:
-    """Where the features of each file go: DIR/name.npz, or of one file the .npz itself. `files`: each file, and
-    the folder from which it is named. Raises InputError."""
+    """Where the features of each file go: DIR/name.npz, or of one file the .npz itself. `files` are pairs of
+    a file and the folder from which it is named. Raises InputError."""
     if os.path.exists(output) and not output.endswith(".npz") and not os.path.isdir(output):
         raise InputError(f"{output} exists and is no folder: choose another name")
     if Path(output).suffix not in ("", ".npz") and not os.path.isdir(output):
@@ -155,15 +156,17 @@ def write_features(
     output: str, files: list[tuple[Path, Path]], settings: dict,
     collect: Callable[[Path, Path], tuple[dict[str, Rows], str]],
 ) -> int:  # fmt: skip
-    """Write what `collect`(file, folder for temporary files) makes of each file, (arrays, what is wrong), unless it is
-    there; returns the exit status. Raises InputError if others are there, or if the disk is full."""
+    """Write the features of each file that has none yet; returns the exit status. `collect` makes them, of a
+    file and a folder for temporary files: (arrays, what is wrong). Raises InputError if features made with
+    other settings are there, or if the disk is full."""
     jobs = []
     for (path, _), place in zip(files, name_places(output, files)):
         own = settings | dict(bytes=size_of(path))
         jobs.append((path, place, own))
         with contextlib.suppress(OSError):  # told when it is this file's turn
             find_features(place, own)
-    remove_abandoned(Path(output))
+    if os.path.isdir(output):
+        remove_abandoned(Path(output))
     n_found = 0
     n_bad = 0
     for path, place, own in tqdm(jobs, disable=len(jobs) == 1 or None, leave=False):
@@ -182,7 +185,7 @@ def write_features(
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise InputError(f"{place.parent}: the disk is full; the same command goes on") from None
-            problem = f"{error.strerror}: {place}"
+            problem = f"cannot write {place}: {error.strerror}"
             is_good = False
         n_bad += not is_good
         tell_problem(path, problem, is_good)
@@ -216,8 +219,8 @@ def summarize(n_files: int, n_bad: int) -> str:
 
 
 def write_manifest_features(args, encoder: Encoder, device: torch.device) -> int:
-    """Write the features of a manifest's clips, as the probes see them; returns the exit status. Raises InputError,
-    and OSError if nothing can be written."""
+    """Write the features of a manifest's clips, as the probes see them; returns the exit status.
+    Raises InputError, and OSError if nothing can be written."""
     place = Path(args.features)
     if os.path.lexists(place):
         raise InputError(f"{place} exists: remove it or choose another name")

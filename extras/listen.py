@@ -2,13 +2,14 @@
 
     python extras/listen.py CKPT clip.mp3 folder/            a line a file: its three likeliest classes
     python extras/listen.py CKPT long.mp3 --timeline         what is heard when
-    python extras/listen.py CKPT folder/ --csv > found.csv   each detection: file, start, end, class, probability
+    python extras/listen.py CKPT folder/ --csv > found.csv   detections: file, start, end, class, probability
     python extras/listen.py CKPT folder/ --features DIR      a .npz a file: cls, patches, frames, times
     python extras/listen.py CKPT x.tsv --features x.npz      a row a clip: features, labels, files
 
-CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as the
-network's clips and lie side by side, or overlap: with --hop 0.5, --timeline marks changes to half a second. Silent
-windows have no class, and damaged ones cost only themselves. --features goes on where it was stopped.
+CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as
+the network's clips and lie side by side; with --hop 0.5 one begins every half second, and --timeline and
+--csv mark changes as finely. Silent windows have no class. Damage costs the windows in which it lies. A job
+that writes features goes on where it was stopped: the same command skips what is there.
 """
 
 import argparse
@@ -47,8 +48,8 @@ SHORTEST_HOP = 0.01  # seconds: a frame
 
 
 class Window(NamedTuple):
-    """A part of a file as long as the network's clip, and what the network makes of it. A window without length
-    tells what is wrong with the file as a whole."""
+    """A part of a file as long as the network's clip, and what the network makes of it.
+    One without length tells what is wrong with the file as a whole."""
 
     begin: float  # seconds
     end: float  # of the sound; what follows is padding
@@ -65,9 +66,10 @@ class Piece(NamedTuple):
 
 
 def cut_into_pieces(path: Path, config: ModelConfig, hop: int) -> Iterator[Piece]:
-    """The windows of a file, one every `hop` samples, as long as each adds to those before it. Of the file's end
-    less than a patch may be left out. What is wrong with the file as a whole comes last, without sound."""
-    least = min(hop, clip_samples(config.patch_size) - FRAME_LENGTH)
+    """The windows of a file, one every `hop` samples; the last is the first to reach the end of the file, of
+    which less than a patch may be left out. What is wrong with the file as a whole comes last, without sound.
+    """
+    patch = config.patch_size * FRAME_SHIFT
     begin = 0
     end = 0  # of the windows so far
     try:
@@ -77,7 +79,7 @@ def cut_into_pieces(path: Path, config: ModelConfig, hop: int) -> Iterator[Piece
                 yield Piece(end, waveform, problem)
             elif begin == 0 and len(waveform) < FRAME_LENGTH:
                 raise InputError(f"too short: {len(waveform) / SAMPLE_RATE:.3f} s, a frame has 0.025 s")
-            elif begin == 0 or reach - end >= least:
+            elif begin == 0 or (len(waveform) >= patch and reach > end):
                 yield Piece(begin, waveform, problem or find_problem(waveform))
                 end = reach
             begin += hop
@@ -129,13 +131,13 @@ def hear(
     function: Callable[[Tensor], Tensor], path: Path, config: ModelConfig, device: torch.device,
     hop: float = 0.0, batch_size: int = 16,
 ) -> Iterator[Window]:  # fmt: skip
-    """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds, by default side
-    by side. Only a batch is in memory. Silent windows and those with a problem have no output; what is wrong with
-    the file as a whole comes last, as a window without length. Raises InputError if outputs are not finite."""
+    """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds or, by
+    default, side by side. Only a batch is in memory. Silent windows and those with a problem have no output.
+    What is wrong with the file as a whole comes last, as a window without length, which is the only one if
+    the file cannot be read. Raises InputError if outputs are not finite."""
     batch = []
-    with tqdm(
-        desc=path.name, total=round(claimed_seconds(path)), unit="s", delay=2, leave=False, disable=None
-    ) as bar:
+    form = dict(unit="s", delay=2, leave=False, disable=None)
+    with tqdm(desc=path.name, total=round(claimed_seconds(path)), **form) as bar:
         for piece in cut_into_pieces(path, config, hop_samples(config, hop)):
             batch.append(piece)
             if len(batch) == batch_size:
@@ -237,8 +239,9 @@ def stretches(windows: Iterable[tuple], shift: float) -> Iterator[tuple]:
 
 
 def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5, hop: float = 0.0) -> dict:
-    """The likeliest classes of a file and, if it has several, of its windows, for JSON: file, error, remark, seconds,
-    top {name: probability}, windows [{start, end, top, error}], where top is None in silence and in damage."""
+    """The likeliest classes of a file and, if it has several, of its windows, for JSON: file, error, remark,
+    seconds, top {name: probability}, windows [{start, end, top, error}]. There is no top if the file cannot
+    be used; that of a window is None in silence and, with an error, if it cannot be heard."""
     names = name_classes(model)
     total = np.zeros(len(names))
     total_seconds = 0.0
@@ -407,14 +410,16 @@ def find_files(inputs: list[str]) -> list[tuple[Path, Path]]:
         if path.is_dir():
             files += [(found, path) for found in find_audio(path)]
         elif path.suffix == ".tsv":
-            raise InputError(f"{path}: a manifest, alone, is for --features X.npz, and for evaluate.py, which scores "
-                             "it; for tags name the files or their folder")  # fmt: skip
+            use = "is for --features X.npz, alone, and for evaluate.py"
+            raise InputError(f"{path}: a manifest {use}; for tags name the files or their folder")
         else:
             files.append((path, path.parent))
     return files
 
 
-def print_detections(args: argparse.Namespace, model: AudioClassifier, path: Path, device: torch.device) -> bool:
+def print_detections(
+    args: argparse.Namespace, model: AudioClassifier, path: Path, device: torch.device
+) -> bool:
     """Print a table of what is heard in a file; returns whether it can be used."""
     threshold = args.threshold
     if threshold is None:
