@@ -1,8 +1,8 @@
 """Checkpoints in the layouts of others, for extras/released.py: a Hugging Face folder and fairseq.pt.
 
-The folder brings its own code (model.py, front_end.py, modeling_eat.py) and computes what the checkpoint does.
-The published layouts have no place for every pooling and norm: where their code would compute something else,
-they are not written.
+The folder brings its own code (model.py, front_end.py, modeling_eat.py) and computes what the checkpoint
+does. The released layouts have no place for every pooling and norm: where their code would compute something
+else, they are not written.
 """
 
 import json
@@ -55,7 +55,7 @@ def to_theirs(weights: dict[str, Tensor], names: Names, prefix: str, head_prefix
 
 
 def why_inexact(state: dict, poolings: tuple[str, ...], norm_eps: float) -> str:
-    """Why code with these poolings and this norm would compute other logits than a classifier; "" if it does not."""
+    """Why code with these poolings and this norm computes other logits for a classifier, or ""."""
     head = state.get("head")
     if not head:
         return ""
@@ -76,9 +76,9 @@ def why_inexact(state: dict, poolings: tuple[str, ...], norm_eps: float) -> str:
 def export(
     source: str | os.PathLike, folder: str | os.PathLike, published: bool = False, licence: str = ""
 ) -> str:
-    """Write a checkpoint as a Hugging Face folder and, where the released code is exact, as fairseq.pt: why there
-    is no fairseq.pt, or "". Raises CheckpointError if the folder is not empty, the checkpoint cannot be read, or
-    `published` is asked for a classifier with which the published code is not exact."""
+    """Write a checkpoint as a Hugging Face folder and, where the released code is exact, as fairseq.pt.
+    Returns why there is no fairseq.pt, or "". Raises CheckpointError if the folder is not empty, if the
+    checkpoint cannot be read, or if the published code would not be exact and `published` asks for it."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -125,7 +125,9 @@ def export(
 def own_config(state: dict) -> dict:
     """config.json of a folder that brings its own code, modeling_eat.py."""
     code = dict(AutoConfig="modeling_eat.EATConfig", AutoModel="modeling_eat.EATModel")
-    config = dict(model_type="eat", architectures=["EATModel"], auto_map=code, network=state["network"], head=None)
+    config = dict(model_type="eat", architectures=["EATModel"], auto_map=code)
+    config["network"] = state["network"]
+    config["head"] = None
     if state.get("head"):
         head = dict(state["head"])
         classes = head.pop("classes")
@@ -193,7 +195,7 @@ def model_card(name: str, state: dict, n_parameters: int, published: bool, licen
         needs = "`pip install torch timm safetensors \"transformers<5\"`"
     else:
         use = USE_OF_CLASSIFIER if head else USE_OF_ENCODER
-        needs = "`pip install torch safetensors \"transformers>=4.57\"`, version 5 too; soundfile for the example"
+        needs = "`pip install torch safetensors \"transformers>=4.57\"`; the example soundfile too"
     run = state.get("settings", {})
     training = ""
     if run.keys() >= {"batch_size", "data"}:

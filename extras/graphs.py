@@ -1,5 +1,5 @@
-"""A network and its front end as one file, for extras/released.py: model.onnx, which runs where neither torch nor
-this project is installed, and model.pt2, for torch.export.load.
+"""A network and its front end as one file, for extras/released.py: model.onnx, which runs where neither torch
+nor this project is installed, and model.pt2, for torch.export.load.
 
     waveform (batch, samples)   float32, 16 kHz mono in [-1, 1]; a batch has clips of equal length
     probabilities               of a classifier: (batch, classes)
@@ -7,10 +7,10 @@ this project is installed, and model.pt2, for torch.export.load.
     times                       of an encoder: (rows,), seconds at the middle of each row of 160 ms
 
 Any length from one frame (400 samples) to two minutes; others are refused. What is shorter than the clips of
-training is padded to their length, as evaluate.py and listen.py do, and what is longer is taken as a whole, not
-in windows: frames at the end that do not fill a row are left out. The metadata of model.onnx has sample_rate,
-norm_mean, norm_std and clip_seconds and, as JSON, the classes' names, their labels and whether they exclude one
-another.
+training is padded to their length, as evaluate.py and listen.py do, and what is longer is taken as a whole,
+not in windows: frames at the end that do not fill a row are left out. The metadata of model.onnx has
+sample_rate, norm_mean, norm_std, clip_seconds and, as JSON, `classes` (names), `labels` (of the manifest) and
+`exclusive` (whether a clip has exactly one).
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class FromSamples(nn.Module):
         return self.nothing.index_select(0, excess)
 
     def pad(self, waveform: Tensor) -> Tensor:
-        """Append zeros up to the clip's length, cut frames that fill no row: (B, S) -> (B, clip_samples(...)).
+        """Append zeros up to the clip's length, cut what fills no row: (B, S) -> (B, clip_samples(...)).
         How many rows there are is a number in the graph, not a formula of its sizes: torch.export cannot
         simplify those that hold a maximum."""
         S = waveform.shape[1]
@@ -88,8 +88,8 @@ def check_packages(onnx: bool) -> None:
 
 
 def write(source: str, folder: Path, onnx: bool, pt2: bool) -> list[str]:
-    """Write a checkpoint as model.onnx and model.pt2: the names of what was written. Raises CheckpointError if
-    onnxruntime computes something else than the model."""
+    """Write a checkpoint as model.onnx and model.pt2: the names of what was written. Raises CheckpointError
+    if onnxruntime computes something else than the model."""
     if read_pretrained(source).get("head"):
         model = AudioClassifier.from_pretrained(source)
     else:

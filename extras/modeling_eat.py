@@ -1,4 +1,4 @@
-"""An EAT for Hugging Face's transformers (4.57 or later): the network of model.py, which lies beside this file.
+"""An EAT for Hugging Face's transformers (4.57 or later): the network of model.py, beside this file.
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
     spec = model.spectrogram(waveform)       # 16 kHz mono: (B, S) -> (B, 1, F, M)
@@ -16,8 +16,8 @@ from .model import AudioClassifier, Encoder, ModelConfig
 
 
 class EATConfig(PretrainedConfig):
-    """network: a ModelConfig's fields. head: an AudioClassifier's other arguments, but for the classes; None for
-    an encoder. classes: [label, name] of each class."""
+    """network: a ModelConfig's fields. head: an AudioClassifier's other arguments, but for the classes; None
+    for an encoder. classes: [label, name] of each class."""
 
     model_type = "eat"
 
@@ -46,8 +46,8 @@ class EATModel(PreTrainedModel):
         """Nothing: Encoder and AudioClassifier initialise themselves."""
 
     def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
-        """16 kHz mono in [-1, 1], of equal length, (B, S) -> the model's input (B, 1, F, M). Shorter clips than
-        those of training are padded to their length, as they were there."""
+        """16 kHz mono in [-1, 1], of equal length, (B, S) -> the model's input (B, 1, F, M). Shorter clips
+        than those of training are padded to their length, as they were there."""
         network = self.model.config
         B, S = waveform.shape
         n_samples = torch.full((B,), S, device=waveform.device)

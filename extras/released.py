@@ -5,8 +5,8 @@
     python extras/released.py CKPT DIR --published  the folder as published, for the published code
     python extras/released.py CKPT DIR --onnx       with model.onnx too: samples in, probabilities out
 
-CKPT is any checkpoint that model.read_pretrained knows. What is read comes out bit for bit, and a layout whose
-code would compute something else is not written. Nothing in a file that is read is run. The Hugging Face
+CKPT is any checkpoint that model.read_pretrained knows. What is read comes out bit for bit, and a layout is
+not written if its code would compute something else. Nothing in a file that is read is run. The Hugging Face
 layouts, which need the package safetensors, have neither decoder nor teacher. extras/export.py writes the
 layouts, extras/graphs.py the ONNX file.
 """
@@ -48,7 +48,7 @@ FAIRSEQ_NAMES = (  # of a fine-tuned file behind "model."
 )
 Names = tuple[tuple[str, str], ...]
 
-PUBLISHED_CODE = "worstchan/EAT-base_epoch30_pretrain"  # a repository on the Hub; transformers takes it from there
+PUBLISHED_CODE = "worstchan/EAT-base_epoch30_pretrain"  # a repository on the Hub
 PUBLISHED_EPS = 1e-5  # of the LayerNorm before the head, in that code; in fairseq's it is ours, 1e-6
 NORMALISATION = {  # flags of fairseq's task settings
     "esc50_eval": (-6.627, 5.359),
@@ -78,8 +78,8 @@ class Inert:
 
 
 def read_released(path: str, state: dict) -> dict:
-    """What model.read_pretrained returns, of released weights: a fairseq file, a Hugging Face folder or the name
-    of one on the Hub (owner/name). `state` is what load_checkpoint has read from it, {} if it failed.
+    """What model.read_pretrained returns, of released weights: a fairseq file, a Hugging Face folder or the
+    name of one on the Hub (owner/name). `state` is what load_checkpoint has read from it, {} if it failed.
     Raises CheckpointError."""
     is_name = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", path)  # runs/NAME is a run folder, even if missing
     if is_name and not os.path.lexists(os.path.dirname(path)):
@@ -148,8 +148,8 @@ def our_name(name: str, names: Names, prefix: str) -> str:
 
 
 def to_ours(weights: dict[str, Tensor], names: Names, prefix: str) -> dict[str, Tensor]:
-    """Their tensors by our names, in fp32. Their positions are left out: we compute them. Raises ValueError for
-    an unknown tensor, or if the positions are not the fixed ones."""
+    """Their tensors by our names, in fp32. Their positions are left out: we compute them. Raises ValueError
+    for an unknown tensor, or if the positions are not the fixed ones."""
     found = {}
     for name, value in weights.items():
         found[our_name(name, names, prefix)] = value.float()
@@ -288,9 +288,9 @@ def main() -> int:
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("folder", help="new folder")
     parser.add_argument("--published", action="store_true", help="for the published code of transformers 4")
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx: 16 kHz samples in, numbers out")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx, from 16 kHz samples on")
     parser.add_argument("--pt2", action="store_true", help="write model.pt2, likewise, for torch.export.load")
-    parser.add_argument("--licence", default="", help="of the weights, for the model card: mit, cc-by-4.0, ...")
+    parser.add_argument("--licence", default="", help="of the weights, for the model card: mit, ...")
     args = parser.parse_args()
     wants_graph = args.onnx or args.pt2
     if wants_graph:

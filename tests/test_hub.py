@@ -1,4 +1,4 @@
-"""Published weights by name, from a small Hub on this machine; exports that others load; benchmark files."""
+"""Published weights by name, from a small Hub on this machine; benchmark files."""
 
 import dataclasses
 import hashlib
@@ -11,15 +11,17 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import ROOT, tone
 from test_parity import GOLDEN
 
-import listen
-from evaluate import tokens_after
-from model import EAT, MODELS, save_checkpoint
+from data import clip_samples, spectrogram
+from evaluate import save_checkpoint
+from extras import listen
+from model import EAT, MODELS
 
 sys.path.insert(0, str(ROOT / "extras" / "benchmarks"))
 import hear_api  # noqa: E402
@@ -41,8 +43,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.asked.append(self.path)
         folder, _, name = self.path.rpartition("/")
         if self.path.startswith(f"/api/models/{NAME}/"):
-            body, tag = dict(id=NAME, sha=REVISION, siblings=[dict(rfilename=f) for f in self.files]), ""
-            body = json.dumps(body).encode()
+            files = [dict(rfilename=name) for name in self.files]
+            body = json.dumps(dict(id=NAME, sha=REVISION, siblings=files)).encode()
+            tag = ""
         elif folder.startswith(f"/{NAME}/resolve/") and name in self.files:
             body = self.files[name]
             tag = hashlib.sha1(body).hexdigest()
@@ -76,9 +79,6 @@ def hub(tmp_path):
         server.shutdown()
 
 
-
-
-
 def ask(tmp_path, *names: str, **environment) -> list[str]:
     """What Encoder.from_pretrained makes of names in a new process: a sum over its weights, or the error."""
     (tmp_path / "ask.py").write_text(f"""
@@ -98,18 +98,22 @@ for name in {names!r}:
 def test_published_weights_by_name(hub, tmp_path):
     """Only settings and tensors are fetched, once; then they are there without a network too."""
     (offline,) = ask(tmp_path, NAME, **hub, HF_HUB_OFFLINE="1")  # and not yet in the cache
-    assert f"no file or folder {NAME}, nor on the Hub (LocalEntryNotFoundError" in offline and not Hub.asked
+    assert f"no file or folder {NAME}, nor on the Hub (LocalEntryNotFoundError" in offline
+    assert not Hub.asked
     (tmp_path / "mine").mkdir()
-    own, paths = str(GOLDEN / "hf_pretrained"), ("runs/typo", "mine/typo", "./no/typo")  # these are no names
+    own = str(GOLDEN / "hf_pretrained")
+    paths = ("runs/typo", "mine/typo", "./no/typo")  # these are no names
     own, named, missing, *no_names = ask(tmp_path, own, NAME, "no/one", *paths, **hub)
-    assert named == own and float(own) > 1000
+    assert named == own
+    assert float(own) > 1000
     assert missing.startswith("there is no file or folder no/one, nor on the Hub (RepositoryNotFound")
     assert no_names == [f"there is no file {path}" for path in paths]
     assert not any("typo" in path or "modeling" in path for path in Hub.asked)
     fetched = {path.rpartition("/")[2] for path in Hub.asked if path.startswith(f"/{NAME}")}
     assert fetched == {"config.json", "model.safetensors"}
     Hub.asked.clear()
-    assert ask(tmp_path, NAME, **hub, HF_HUB_OFFLINE="1") == [own] and not Hub.asked
+    assert ask(tmp_path, NAME, **hub, HF_HUB_OFFLINE="1") == [own]
+    assert not Hub.asked
 
 
 def test_the_hub_is_optional(tmp_path):
@@ -134,41 +138,51 @@ def encoder(tmp_path) -> Path:
 def test_the_functions_of_hear(encoder):
     """Types, sizes and times as hearbenchmark.com/hear-api.html wants them, for clips of any length."""
     model = hear_api.load_model(str(encoder))
-    sizes = [getattr(model, f"{kind}_embedding_size") for kind in ("scene", "timestamp")]
-    assert isinstance(model, torch.nn.Module) and model.sample_rate == 16_000 and sizes == [9 * 64] * 2
+    assert isinstance(model, torch.nn.Module)
+    assert model.sample_rate == 16_000
+    assert model.scene_embedding_size == model.timestamp_embedding_size == 9 * 64
     for n_samples in (300, 2_560, 15_360, 16_000, 50_000):
         audio = torch.stack([tone(n_samples), tone(n_samples, hz=1000)])
         scene = hear_api.get_scene_embeddings(audio, model)
         frames, times = hear_api.get_timestamp_embeddings(audio, model)
         T = max(1, n_samples // 2560)
-        assert scene.shape == (2, 576) and scene.dtype == torch.float32 and not scene.requires_grad
-        assert frames.shape == (2, T, 576) and times.shape == (2, T) and frames.dtype == torch.float32
-        assert torch.equal(times[0], times[1]) and (times >= 0).all() and (times <= n_samples / 16).all()
+        assert scene.shape == (2, 576)
+        assert scene.dtype == frames.dtype == torch.float32
+        assert not scene.requires_grad
+        assert frames.shape == (2, T, 576)
+        assert times.shape == (2, T)
+        assert torch.equal(times[0], times[1])
+        assert (times >= 0).all()
+        assert (times <= n_samples / 16).all()
         assert torch.allclose(times.diff(), torch.tensor(160.0), atol=1)
         torch.testing.assert_close(scene, frames.mean(1))
     alone = hear_api.get_timestamp_embeddings(audio[1:], model)[0]
     torch.testing.assert_close(frames[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_frames_of_hear_are_the_features_of_listen(encoder, tmp_path):
-    """Block by block and piece by piece: of a file of several windows, the same tokens at the same times."""
+def test_the_frames_of_hear_are_the_features_of_listen(encoder, tmp_path, called):
+    """Of a file of several windows, the same tokens at the same times, of the same block."""
     soundfile.write(tmp_path / "x.wav", tone(50_000).numpy(), 16_000, subtype="FLOAT")
     model = hear_api.load_model(str(encoder))
     frames, times = hear_api.get_timestamp_embeddings(tone(50_000)[None], model)
-    encode = tokens_after(model, 1)  # seven twelfths of two blocks
-    arrays, problem = listen.features(encode, tmp_path / "x.wav", model.config, torch.device("cpu"))
-    assert not problem and arrays["patches"].shape == (19, 8, 64)
+    called(listen, encoder, "x.wav", "--features", "x.npz")
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["patches"].shape == (19, 8, 64)
     torch.testing.assert_close(frames[0, :, :512].unflatten(1, (8, 64)), torch.from_numpy(arrays["patches"]))
     torch.testing.assert_close(times[0] / 1000, torch.from_numpy(arrays["times"]).float())
     torch.testing.assert_close(frames[0, ::6, 512:], torch.from_numpy(arrays["cls"]))
 
 
-def test_frames_of_hear_do_not_drift(encoder, monkeypatch):
-    """Of a network whose clips are no multiple of a patch: the rest after the last patch is not skipped."""
+def test_frames_of_hear_are_tokens_of_the_block_at_seven_twelfths(encoder):
+    """Of two blocks, the first; of a clip of training's length, what the encoder says."""
     model = hear_api.load_model(str(encoder))
-    model.config = dataclasses.replace(model.config, clip_frames=100)
-    frames, times = hear_api.get_timestamp_embeddings(tone(160_000)[None], model)
-    assert frames.shape[1] == times.shape[1] == 160_000 // 2560
+    waveform = tone(clip_samples(96))[None]
+    frames, _ = hear_api.get_timestamp_embeddings(waveform, model)
+    spec = spectrogram(waveform, torch.tensor([waveform.shape[1]]), -4.268, 4.569)
+    with torch.no_grad():
+        x, _ = model.blocks[0](model.embed(spec))
+    assert torch.equal(frames[0].reshape(6, 9, 64)[:, :8].flatten(0, 1), x[0, 1:])
+    assert torch.equal(frames[0, 0, 512:], x[0, 0])
 
 
 def test_an_encoder_for_xares(encoder, monkeypatch):
@@ -177,7 +191,8 @@ def test_an_encoder_for_xares(encoder, monkeypatch):
     names = [name for name in dir(xares_encoder) if name.endswith("Encoder")]
     assert len(names) == 1
     made = getattr(xares_encoder, names[0])()
-    assert made.sampling_rate == 16_000 and made.hop_size_in_ms == 160
+    assert made.sampling_rate == 16_000
+    assert made.hop_size_in_ms == 160
     assert made(tone(50_000)).shape == (1, 19, made.output_dim)
     with torch.no_grad():
         torch.testing.assert_close(made(tone(50_000)[None]), made(tone(50_000)))
