@@ -158,7 +158,7 @@ def test_what_we_write_is_read_back_as_it_was(audio, train):
     assert sorted(listed) == sorted([*names[::2], "c\rr.wav"])  # each once, in eight logs
 
 
-def test_links_to_nothing_are_listed(audio, capsys):
+def test_broken_links_are_listed(audio, capsys):
     """A link that is called like audio is a file that is missing; another may have been a folder: it is told."""
     soundfile.write(audio / "here.wav", tone(8000).numpy(), 16_000)
     for i in range(3):
@@ -170,7 +170,7 @@ def test_links_to_nothing_are_listed(audio, capsys):
     rows, bad = scanned(audio)
     assert [row[0] for row in rows] == ["folder.wav/there.wav", "here.wav"]
     names = ["annexed 0.wav", "annexed 1.wav", "annexed 2.wav", "self.wav"]
-    assert bad == [f"{name}\ta link to nothing" for name in names]
+    assert bad == [f"{name}\ta broken link" for name in names]
     assert f"WARNING: {audio}/disk cannot be opened: a link to nothing\n" in capsys.readouterr().err
 
 
@@ -237,7 +237,7 @@ def test_labels_of_odd_bytes_are_drawn(audio, odd_classes, called):
     pytest.importorskip("matplotlib")
     from extras import plot
 
-    called(plot, audio / odd_classes[0] / "x.wav", "--checkpoint", "c.pt", "-o", "t.png")
+    called(plot, audio / odd_classes[0] / "x.wav", "--timeline", "c.pt", "-o", "t.png")
     assert (audio.parent / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
