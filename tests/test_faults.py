@@ -192,7 +192,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_update(tmp_path, number, 
         os.kill(pid, number)
     assert job.wait(120) != 0
     step = saved_step(tmp_path / "run")
-    why = f"stopped by {number.name}; the same command goes on"
+    why = f"stopped by {number.name}; the same command resumes"
     if rank == 1:
         why = "another process stops"
     assert f"update {step}: {why}" in job.text()
@@ -435,7 +435,7 @@ SCRIPTS = {
 def test_launchers_that_start_too_few_processes_are_told_of(classifier):
     """WORLD_SIZE without the other processes: one line that names them within --timeout; nothing is made."""
     whole = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    others = "did not meet the other 1 processes that WORLD_SIZE promises (torchrun starts them): "
+    others = "could not connect to the other 1 processes of WORLD_SIZE (torchrun starts them): "
     cases = [(name, whole | dict(RANK="0"), others) for name in ("pretrain.py", "finetune.py", "evaluate.py")]
     cases.append(("pretrain.py", whole | dict(RANK="1"), others))
     cases.append(("evaluate.py", dict(WORLD_SIZE="2"), others))
@@ -573,7 +573,7 @@ def test_a_read_that_hangs_ends_every_script(classifier):
     assert not any(map(is_running, ranks))
     for job, (processes, _, _, name, args) in zip(jobs, cases):
         seconds = {1: 2, 2: 11}[processes]
-        said = f"{Path(name).name}: no batch for {seconds} s: reading manifest.tsv does not go on"
+        said = f"{Path(name).name}: no batch for {seconds} s: reading manifest.tsv hangs"
         if args[0] == "pack":
             said = "prepare.py: a file has not been read in 2 s"
         assert our_lines(job.text()) == [said]
@@ -961,7 +961,7 @@ def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
     thread = threading.Thread(target=replace)
     thread.start()
     try:
-        while (len(said) < rounds or {"ok", "a link to nothing"} - set(said)) and time.time() < end:
+        while (len(said) < rounds or {"ok", "a broken link"} - set(said)) and time.time() < end:
             try:
                 found = load_audio(path)
                 assert any(torch.equal(found, file) for file in files)
@@ -971,7 +971,7 @@ def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
     finally:
         stop.set()
         thread.join()
-    assert {"ok", "a link to nothing"} <= set(said)
+    assert {"ok", "a broken link"} <= set(said)
 
 
 @settings(max_examples=300, deadline=None)

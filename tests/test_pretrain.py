@@ -244,23 +244,23 @@ def test_wrong_flags_are_one_line(argv, message):
 
 @pytest.mark.parametrize("change, message", [
     (dict(batch_size=50, accumulate=4), "--batch_size 50 does not divide by 1 processes x 4 (--accumulate)"),
-    (dict(batch_size=0), "--batch_size 0 is too small, or no number"),
+    (dict(batch_size=0), "--batch_size 0 is too small"),
     (dict(model="huge"), "--model huge: choose from base"),
     (dict(amp="fp8"), "--amp fp8: choose from auto"),
     (dict(warmup=-1), "--warmup -1 is too small"),
     (dict(workers=-1), "--workers -1 is too small"),
     (dict(seed=-1), "--seed -1 is too small"),
-    (dict(lr=math.nan), "--lr nan is too small, or no number"),
+    (dict(lr=math.nan), "--lr nan is too small or not finite"),
     (dict(timeout=0.0), "--timeout 0.0 is too small"),
     (dict(mask_noise=-1.0), "--mask_noise -1.0 is too small"),
     (dict(mask_ratio=2.0), "--mask_ratio 2.0 is above 1"),
     (dict(beta1=2.0), "--beta1 2.0 is above 1"),
     (dict(mask_block_time=0), "--mask_block_time 0 is too small"),
     (dict(data=""), "--data is missing"),
-    (dict(clip_frames=32, mask_block_time=5), "--clip_frames, --mask...: a grid of 2 x 8"),
+    (dict(clip_frames=32, mask_block_time=5), "--clip_frames, --mask...: no masks of ratio 0.8 with"),
     (dict(mask_block_time=4, mask_block_freq=8), "choose a smaller block, longer clips or another ratio"),
-    (dict(mask_ratio=0.0), "--clip_frames, --mask...: a grid of 4 x 8 has no mask of ratio 0.0"),
-    (dict(mask_block_freq=9), "has no mask of ratio 0.8 with blocks of 2 x 9"),
+    (dict(mask_ratio=0.0), "no masks of ratio 0.0"),
+    (dict(mask_block_freq=9), "with blocks of 2 x 9 fit 4 x 8 patches"),
     (dict(clip_frames=20_000), "--clip_frames, --mask...: expected clip_frames from 1 to 16384, not 20000"),
     (dict(clip_frames=1000), "expected whole patches of 16"),
     (dict(norm_mean=math.inf), "a finite norm_mean"),
@@ -671,7 +671,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 # What each process does before it trains, its flags, and the line that one of them tells
 MISTAKES = {
-    "all find it before they have joined": ("", ["--lr", -1], "--lr -1.0 is too small, or no number"),
+    "all find it before they have joined": ("", ["--lr", -1], "--lr -1.0 is too small or not finite"),
     "the first alone finds it": (
         "", ["--out_dir", "mine"], "mine is not empty and holds no run: choose another --out_dir",
     ),
