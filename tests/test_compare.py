@@ -306,7 +306,7 @@ def test_stopped_among_several_seeds_it_goes_on_there(pretrained, called):
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number, errors
         assert "Traceback" not in errors
-        assert f"stopped by {number.name}; the same command goes on" in said
+        assert f"stopped by {number.name}; the same command resumes" in said
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
         assert (folders[0] / "last.pt").exists()
@@ -381,7 +381,7 @@ def test_the_demos_table_is_the_default(tmp_path, called):
     (["--seeds", "0"], "--seeds counts from 1"),
     (["--seeds", "3", "--init", "pre{seed}.pt"], "there is no file pre3.pt"),
     (["--init", "odd.pt"], "odd.pt has the size of none of the models base, large"),
-    (["--lr", "nan"], "--lr nan is too small, or no number"),
+    (["--lr", "nan"], "--lr nan is too small or not finite"),
     (["--rows", "knn"], "invalid choice: 'knn'"),
     (["--speed", "3"], "unrecognized arguments: --speed 3"),
 ])  # fmt: skip

@@ -41,7 +41,8 @@ TINY = "--preset esc50 --init scratch --model tiny --clip_frames 64 --min_sample
 TINY += "--workers 0 --updates 12 --warmup 2 --lr 2e-3 --log_every 1 --save_every 4 --eval_every 6".split()
 TINY += ["--data", "manifest.tsv", "--eval_data", "manifest.tsv", "--out_dir", "run"]
 PRE = "--preset demo --model tiny --clip_frames 32 --clones 2 --updates 1 --workers 0".split()
-PRE += "--mask_block_time 1 --mask_block_freq 1 --norm_mean -5 --norm_std 4 --out_dir pre --data manifest.tsv".split()
+PRE += "--mask_block_time 1 --mask_block_freq 1 --norm_mean -5 --norm_std 4".split()
+PRE += "--out_dir pre --data manifest.tsv".split()
 
 
 def read_log(path) -> list[dict]:
@@ -408,6 +409,17 @@ def test_augmentation_is_the_same_for_any_number_of_processes_and_parts(folder, 
     torch.testing.assert_close(y_ours, y)
 
 
+def test_clips_are_blanked_after_they_are_mixed(folder):
+    """As released: what is blank in a mixed clip is blank, not a part of its neighbour."""
+    config = FinetuneConfig(**PLAIN | dict(mixup=0.8, specaug_freq=0.5, specaug_time=0.5))
+    spec, _ = one_update(folder, config, 0)
+    assert draw_mixup_weight(config, 0) < 0.99
+    bins = (spec == 0).all(2).sum(2)    # (8, 1) mel bins that are blank in all frames
+    frames = (spec == 0).all(3).sum(2)  # (8, 1)
+    assert len(bins.unique()) > 3
+    assert len(frames.unique()) > 3
+
+
 def test_roll_leaves_the_padding_where_it_is(folder):
     """If padding were rotated into a clip, frames of it would be silent, and sound would be lost."""
     soundfile.write(folder / "clip 0.wav", 0.1 * np.random.default_rng(0).standard_normal(8000), 16_000)
@@ -588,7 +600,7 @@ def test_the_preset_own_fits_the_checkpoint_and_the_labels(encoder, monkeypatch)
     assert (given.loss, given.clip_frames, given.min_samples) == ("bce_positives", 64, 3)
     assert (given.lr, given.norm_mean, given.norm_std) == (1.0, 1.0, 2.0)
     assert fitted("--preset", "esc50").clip_frames == 512
-    with pytest.raises(InputError, match="a clip of several.tsv has several labels: --loss bce --metric mAP"):
+    with pytest.raises(InputError, match="a clip of --data or --eval_data has several labels: --loss bce"):
         fitted("--data", "several.tsv", "--eval_data", "several.tsv", "--loss", "ce")
     with pytest.raises(CheckpointError, match="there is no file nothing"):
         fitted("--init", "nothing")
@@ -719,6 +731,15 @@ def test_frozen_with_several_labels_is_a_logistic_regression_each(encoder, tune,
     assert not AudioClassifier.from_pretrained(encoder / "run").exclusive
 
 
+def test_probabilities_of_a_frozen_classifier_follow_its_fit(encoder, tune):
+    """Every clip to learn from has one class: softmax, though a clip to evaluate on has two."""
+    several = (encoder / "manifest.tsv").read_text().replace("\tlow", "\tlow,high", 1)
+    (encoder / "several.tsv").write_text(several)
+    assert tune(*FROZEN, "--eval_data", "several.tsv") == 0
+    assert list(evaluations(encoder / "run", "mAP")) == [400]
+    assert AudioClassifier.from_pretrained(encoder / "run").exclusive
+
+
 def test_frozen_repeated_in_its_folder_does_no_harm(two_sets, tune):
     """The same classifier and the same log; with other settings it is refused, and nothing is lost."""
     assert tune(*FROZEN) == 0
@@ -776,18 +797,18 @@ def test_a_task_on_real_audio_is_learned(tmp_path, tune):
     assert evaluations(tmp_path / "run")[120] >= 0.75
 
 
-def test_the_last_lines_say_which_score_to_quote(folder, tune, capsys, monkeypatch):
-    """That of last.pt; best.pt was chosen on the same clips."""
+def test_the_last_lines_say_which_score_to_report(folder, tune, capsys, monkeypatch):
+    """That of last.pt; best.pt was selected on the same clips."""
     scores_become(monkeypatch, [0.5, 0.9, 0.6])
     assert tune(*TINY, "--eval_every", 5) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
-        "done: accuracy 0.6000 in the end, last.pt: the score to quote",
-        "best: 0.9000 after update 10, best.pt: chosen on --eval_data, so too good",
+        "done: accuracy 0.6000 at the end, last.pt: the score to report",
+        "best: 0.9000 after update 10, best.pt: selected on --eval_data, so optimistic",
     ]
 
 
-def test_the_score_to_quote_is_that_of_evaluate(folder, tune, called, capfd):
+def test_the_score_to_report_is_that_of_evaluate(folder, tune, called, capfd):
     """And both files are what the lines say they are."""
     assert tune(*TINY) == 0
     last, best = re.findall(r"^(?:done: accuracy|best:) ([.\d]+)", capfd.readouterr().out, re.MULTILINE)
@@ -942,7 +963,7 @@ def test_a_signal_to_an_evaluating_run_saves(folder, tune, capsys, delays):
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 143, errors
         assert "Traceback" not in errors
-        assert "stopped by SIGTERM; the same command goes on" in said
+        assert "stopped by SIGTERM; the same command resumes" in said
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     step = load_checkpoint(folder / "run" / "last.pt")["step"]
@@ -972,9 +993,9 @@ def test_two_processes_are_one(folder, script, tune, preset):
 
 
 def test_processes_draw_their_own_drop_path(folder, script):
-    """Both processes have the same clips; only drop path tells them apart."""
-    lines = (folder / "manifest.tsv").read_text().splitlines()
-    (folder / "same.tsv").write_text("\n".join([lines[0], lines[1], lines[8]]) + "\n")
+    """Both processes have the same clip only; drop path alone tells them apart."""
+    (folder / "same.tsv").write_text(f"{folder}\nclip 0.wav\t8000\tlow\n")
+    (folder / "names.txt").write_text("low\nhigh\n")
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import finetune, torch, pathlib\n"
@@ -988,8 +1009,8 @@ def test_processes_draw_their_own_drop_path(folder, script):
         " finetune.PRESETS)))\n"
     )
     (folder / "tell.py").write_text(program)
-    still = "--data same.tsv --batch_size 4 --no-roll --specaug_freq 0 --specaug_time 0 --updates 1".split()
-    still += "--warmup 0 --drop_path 0.7 --log_every 1".split()
+    still = "--data same.tsv --classes names.txt --batch_size 4 --no-roll --specaug_freq 0".split()
+    still += "--specaug_time 0 --updates 1 --warmup 0 --drop_path 0.7 --log_every 1".split()
     script(folder / "tell.py", *TINY, *still, processes=2)
     losses = [float((folder / f"loss{rank}").read_text()) for rank in (0, 1)]
     assert losses[0] != losses[1]
@@ -1079,12 +1100,12 @@ def write_bad_manifests(folder: Path) -> None:
     (["--min_samples", "30000"], "manifest.tsv: no clip has the 30000 samples that --min_samples asks for"),
     (["--warmup", "12"], "--warmup 12 must be less than --updates 12"),
     (["--data", "single.tsv", "--eval_data", "single.tsv"], "single.tsv has one class only: low"),
-    (["--data", "several.tsv"], "a clip of several.tsv has several labels: --loss bce --metric mAP"),
+    (["--data", "several.tsv"], "a clip of --data or --eval_data has several labels: --loss bce"),
     (["--batch_size", "7", "--mixup", "0.5"], "mixup pairs clips"),
     (["--accumulate", "8", "--mixup", "0.5"], "mixup pairs clips"),
     (["--accumulate", "3"], "--batch_size 8 does not divide by 1 processes x 3 (--accumulate)"),
     (["--loss", "mse"], "--loss mse: choose from bce_positives, bce, ce"),
-    (["--lr", "nan"], "--lr nan is too small, or no number"),
+    (["--lr", "nan"], "--lr nan is too small or not finite"),
     (["--mixup_prob", "1.5"], "--mixup_prob 1.5 is above 1"),
     (["--clip_frames", "12304"], "--clip_frames: expected whole patches of 16"),
     (["--clip_frames", "100"], "--clip_frames: expected whole patches of 16"),
