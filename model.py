@@ -1,8 +1,7 @@
 """The EAT model: spectrogram in, tokens or loss out (EAT paper, arXiv 2401.03497, Sec. 3).
 
-A student sees a few patches of a spectrogram and predicts what a teacher, an exponential moving average (EMA)
-of the student, computes from all of it: the features of each masked patch (frame loss) and, with its CLS
-token, their mean over the clip (utterance loss).
+A student sees a few patches of a spectrogram and predicts what a teacher, a moving average (EMA) of it,
+computes from the whole: the features of each masked patch, and with its CLS token their mean over the clip.
 
     Encoder           spectrogram -> tokens: a ViT with post-norm blocks; the class to copy for features
     make_targets      the teacher's feed-forward outputs -> what the student must predict
@@ -134,9 +133,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # (B, T, 3, heads, D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                # 3 x (B, heads, T, D/heads)
+        q, k, v = [part.transpose(1, 2) for part in qkv.unbind(2)]    # 3 x (B, heads, T, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)                   # (B, heads, T, D/heads)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))          # (B, T, D)
+        x = x.transpose(1, 2).reshape(B, T, D)                        # (B, T, D)
+        return self.proj(x)
 
 
 class MLP(nn.Module):
@@ -402,7 +402,7 @@ class AudioClassifier(nn.Module):
         self.encoder = Encoder(config)
         width = config.width
         if pooling == "bands":
-            width = 2 * config.width * config.mel_bins // config.patch_size
+            width *= 2 * config.mel_bins // config.patch_size
         self.fc_norm = nn.Identity()
         if norm_eps is not None:
             self.fc_norm = LayerNorm(width, eps=norm_eps)
