@@ -809,8 +809,8 @@ def test_the_last_lines_say_which_score_to_report(folder, tune, capsys, monkeypa
 
 
 def test_the_score_to_report_is_that_of_evaluate(folder, tune, called, capfd):
-    """And both files are what the lines say they are."""
-    assert tune(*TINY) == 0
+    """And both files are what the lines say they are; drop path is for training only."""
+    assert tune(*TINY, "--drop_path", 0.9) == 0
     last, best = re.findall(r"^(?:done: accuracy|best:) ([.\d]+)", capfd.readouterr().out, re.MULTILINE)
     logged = read_log(folder / "run")[-1]
     said = json.loads(called(evaluate, "run/last.pt", "manifest.tsv", "--workers", 0).stdout)
@@ -876,6 +876,19 @@ def test_a_run_that_dies_goes_on_exactly(folder, tune, monkeypatch, capsys):
     assert tune(*args, "--out_dir", "cut") == 0  # it has ended: nothing changes
     assert evaluations(cut) == evaluations(whole)
     assert AudioClassifier.from_pretrained(cut).classes == {"high": "high", "low": "low"}
+
+
+def test_a_resumed_run_knows_its_best(folder, tune, monkeypatch, capsys):
+    """It died after update 9 and went on from update 8; its best is that of update 6."""
+    with monkeypatch.context() as patch:
+        scores_become(patch, [0.9])
+        stops_at(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            tune(*TINY)
+    scores_become(monkeypatch, [0.5])
+    assert tune(*TINY) == 0
+    assert "best: 0.9000 after update 6, best.pt" in capsys.readouterr().out
+    assert load_checkpoint(folder / "run" / "best.pt")["step"] == 6
 
 
 def test_a_best_that_cannot_be_written_is_none(folder, tune, monkeypatch, capsys):

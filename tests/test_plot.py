@@ -84,8 +84,9 @@ def test_curves_pass_over_foreign_and_damaged_lines(runs, monkeypatch, capsys):
     log = runs / "run" / "log.jsonl"
     own = log.read_bytes()
     foreign = [
-        b"note: the disk was full here", b'{"step": 2, "loss": 2.', b"\xff\x00\xfe", b"[1, 2]", b"3", b"null", b"",
-        b'{"loss": 1.0}', b'{"step": "two", "loss": 1.0}', b'{"step": NaN, "loss": 1.0}', b"[" * 100_000,
+        b"note: the disk was full here", b'{"step": 2, "loss": 2.', b"\xff\x00\xfe", b"[1, 2]", b"3",
+        b"null", b"", b'{"loss": 1.0}', b'{"step": "two", "loss": 1.0}', b'{"step": NaN, "loss": 1.0}',
+        b"[" * 100_000,
     ]  # fmt: skip
     odd = b'{"step": 2, "loss": "low", "lr": null, "accuracy": NaN, "mAP": [1], "target_std": true}'
     log.write_bytes(b"\n".join([*foreign, odd]) + b"\n" + own)
@@ -314,7 +315,7 @@ def test_the_ten_likeliest_classes_are_drawn_the_likeliest_on_top(runs):
     (["clip 0.wav", "--timeline", "missing.pt"], "there is no file missing.pt"),
     (["clip 0.wav", "--timeline", "classifier.pt", "--hop", "3"], "--hop 3.0: choose 0.01 to 0.96 s"),
     (["clip 0.wav", "--hop", "0.5"], "--hop is for --timeline"),
-    (["hollow", "--timeline", "classifier.pt"], "hollow is a folder: --timeline and --attention draw an audio"),
+    (["hollow", "--timeline", "classifier.pt"], "hollow is a folder: --timeline and --attention draw"),
     (["three.txt"], "cannot draw the beginning of three.txt: "),
     (["silence.wav"], "cannot draw the beginning of silence.wav: silent"),
     (["silence.wav", "--timeline", "classifier.pt"], "silence.wav cannot be used: silent"),
