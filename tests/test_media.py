@@ -110,7 +110,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path, capsys):
     (b"\xef\xbb\xbf\n <HTML><body>", "an HTML page: download the file again"),
     (b"<?xml version='1.0'?><!DOCTYPE html PUBLIC><html>", "an HTML page: download the file again"),
     (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "an XML page: download the file again"),
-    (b"#EXTM3U\na.wav\n", "a text file, b'#EXTM3U"),
+    (b"#EXTM3U\na.wav\n", "a text file, '#EXTM3U"),
 ])  # fmt: skip
 @pytest.mark.parametrize("suffix", ["wav", "mp3", "m4a", "pt"])
 def test_pages_and_pointers_are_called_what_they_are(tmp_path, content, said, suffix):
@@ -748,7 +748,7 @@ def test_files_that_are_replaced_while_they_are_counted(tmp_path, rounds):
     said = []
     end = time.time() + 60
     try:
-        while (len(said) < rounds or {8000, "refused"} - set(said)) and time.time() < end:
+        while (len(said) < rounds or len(set(said)) < 3) and time.time() < end:
             try:
                 said.append(count_samples(path)[0])
             except InputError:
