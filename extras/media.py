@@ -356,7 +356,7 @@ class WholeFile:
     def reaches_end(self) -> bool:
         """Whether the header counts frames, so that decoding is not needed, and the last one can be read."""
         file = self.file
-        if file.format in ("AV", "MP3") or file.subtype in ("VORBIS", "OPUS"):
+        if file.format == "AV" or is_mpeg(file) or file.subtype in ("VORBIS", "OPUS"):
             return False
         try:
             file.seek(self.claimed - 1)
@@ -381,7 +381,7 @@ class WholeFile:
             self.decoded += len(block)
             if not is_good:
                 self.damaged += len(block)
-        if not self.is_broken or self.file.format != "MP3":
+        if not self.is_broken or not is_mpeg(self.file):
             self.readable = self.decoded
         if self.file.format != "AV" and self.decoded >= self.claimed:
             self.look_behind()
@@ -389,7 +389,7 @@ class WholeFile:
     def decode(self) -> Iterator[np.ndarray | int]:
         """What libsndfile decodes: arrays (n, C) and, for what is damaged, the number of frames."""
         self.file = Forward(self.raw)
-        is_mp3 = self.file.format == "MP3"
+        is_mp3 = is_mpeg(self.file)
         at = 0
         left = self.file.frames  # to read more would be an error in FLAC
         while left > 0 or (is_mp3 and self.is_broken):  # behind damage libmpg123 only guesses how many
@@ -479,6 +479,11 @@ class WholeFile:
         if self.readable < self.decoded:
             said.append(f"only `prepare.py pack` reads what follows {self.readable / self.rate:.2f} s")
         return "; ".join(said)
+
+
+def is_mpeg(file) -> bool:
+    """Whether libmpg123 decodes an open file: an mp3, perhaps in a wav, or its older relatives."""
+    return file.subtype.startswith("MPEG")
 
 
 @contextlib.contextmanager
