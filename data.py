@@ -175,7 +175,7 @@ def safe_seek(file, frame: int) -> int:
     """Where to seek so that `frame` is decoded exactly as when the whole file is read.
     An mp3 frame takes bits from those before it: 511 bytes at most, or 255 below 32 kHz, where a stereo frame
     of 576 samples may add as little as 3 bytes. libsndfile misses a seek into the last page of Vorbis."""
-    if file.format == "MP3":
+    if "MPEG" in file.subtype:  # in mp3 files, or inside wav
         return max(0, frame - (16_384 if file.samplerate >= 32_000 else 65_536))
     if file.subtype == "VORBIS":
         return max(0, min(frame, file.frames - 10 * file.samplerate))
