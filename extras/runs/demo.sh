@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The table of the quick start: ten spoken words, three seeds. Pre-training of the demo, then fine-tuning and probes of
 # it, beside the same from scratch, of a random encoder and of the log-mel input; of the encoder that comes with the
-# code; from scratch for four times as long; and fine-tuning with a head that keeps bands apart. Started again, it goes
-# on where it stopped.
+# code; and from scratch for four times as long. Started again, it goes on where it stopped.
 #
 #   bash extras/runs/demo.sh runs/demo_table
 set -euo pipefail
@@ -15,4 +14,3 @@ done
 python extras/compare.py --seeds 3 --init "$runs/pretrain{seed}" --out_dir "$runs/demo"
 python extras/compare.py --seeds 3 --init extras/runs/laptop/encoder.pt --rows tuned probes --out_dir "$runs/shipped"
 python extras/compare.py --seeds 3 --init "$runs/pretrain{seed}" --rows scratch --updates 2400 --out_dir "$runs/scratch4"
-python extras/compare.py --seeds 3 --init "$runs/pretrain{seed}" --rows tuned --pooling bands --out_dir "$runs/bands"
