@@ -12,10 +12,8 @@ Then each clip has a line, path<TAB>n_samples[<TAB>label,label...], with n_sampl
 
 **Packed**: line 1 is a .pcm file that holds the clips in that order, end to end, as 16 kHz mono little-endian
 int16. Clips above full scale are divided by a gain, their fourth column. extras/prepare.py writes both.
-
 Only `resample` needs torchaudio, only reading files needs soundfile; extras/media.py adds m4a and webm.
-Citations such as data/raw_audio_dataset.py:399 point into the released code
-(github.com/cwx-worst-one/EAT at 06c1c34).
+Citations such as data/raw_audio_dataset.py:399 point into the released code (github.com/cwx-worst-one/EAT).
 """
 
 import collections
@@ -89,8 +87,12 @@ def mel_filters(device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def hann_window(device: torch.device) -> Tensor:
-    """Cached rather than made anew, so that `log_mel` can be exported."""
+    """Cached, so that `log_mel` can be exported."""
     return torch.hann_window(FRAME_LENGTH, periodic=False, device=device)
+
+
+for table in (mel_filters, hann_window):  # an export would cache its own tensors, without numbers
+    table(torch.device("cpu"))
 
 
 def log_mel(waveform: Tensor) -> Tensor:
@@ -300,9 +302,8 @@ class Batch(NamedTuple):
 class AudioDataset:
     """The clips of a manifest, each cut into pieces of at most `n_frames` frames.
     Long recordings are used up to their last full piece; without `segments`, as in the released code, only
-    the first n_frames of each clip (`n_cut` counts the longer ones). An item that cannot be read is
-    replaced by the first piece of the next clip, always the same one. Raises InputError if nothing is usable.
-    """
+    the first n_frames of each clip (`n_cut` counts the longer ones). An item that cannot be read is replaced
+    by the first piece of the next clip, always the same. Raises InputError if nothing is usable."""
 
     def __init__(
         self, source: str | Path, n_frames: int = CLIP_FRAMES, min_samples: int = FRAME_LENGTH,
@@ -369,6 +370,7 @@ class AudioDataset:
         fields = self.manifest.fields(line)
         if len(fields) > 3:
             waveform = waveform * float(fields[3])  # the gain of a clip above full scale
+            check_peak(waveform, allow_silence=True)
         return waveform
 
     def __getitem__(self, item: int) -> Clip:
@@ -381,8 +383,7 @@ class AudioDataset:
                 problem = problem or f"{self.name(item)}\t{first_line(error)}"
             next_line = self.line[stand_in] + 1
             stand_in = int(torch.searchsorted(self.line, next_line)) % len(self)
-        problem = problem.replace("\t", " ")
-        raise InputError(f"{problem}; nor can the clips after it be read: is the data still there?")
+        raise InputError(f"{problem.expandtabs(1)}; nor can the clips after it: is the data still there?")
 
 
 def labels_of(fields: list[str]) -> list[str]:
@@ -426,8 +427,8 @@ def open_labelled(
 
 
 def seed_of(purpose: str, *key: int) -> int:
-    """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip). Randomness is drawn
-    from these, never from the state of a process, so that it does not matter how many processes there are."""
+    """A well-mixed 63-bit seed for one purpose, from integers such as (seed, step, clip). Random numbers come
+    from these, not from the state of a process, so that the number of processes does not matter."""
     sequence = np.random.SeedSequence([*purpose.encode(), *key])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 

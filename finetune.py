@@ -136,7 +136,7 @@ def add_noise(spec: Tensor, rng: np.random.Generator) -> Tensor:
     As released (data/raw_audio_dataset.py:430-432), where it is called Gaussian; after normalisation."""
     noise = rng.random(spec.shape, dtype=np.float32) * (rng.random() / 10)
     shift = int(rng.integers(-10, 10))
-    return (spec + torch.from_numpy(noise).to(spec)).roll(shift, dims=1)
+    return (spec + move(torch.from_numpy(noise), spec.device)).roll(shift, dims=1)
 
 
 def blank_stretch(spec: Tensor, axis: int, largest: float, rng: np.random.Generator) -> None:
@@ -420,8 +420,10 @@ def train(config: FinetuneConfig) -> int:
     if not run.stopped:
         last = evaluate(config.updates)
         _, best, step = run.about["best"]
-        run.say(f"done: {config.metric} {last:.4f} at the end, last.pt: the score to report")
-        run.say(f"best: {best:.4f} after update {step}, best.pt: selected on --eval_data, so optimistic")
+        run.say(
+            f"done: {config.metric} {last:.4f} at the end, last.pt: the score to report\n"
+            f"best: {best:.4f} after update {step}, best.pt: selected on --eval_data, so optimistic"
+        )
     return run.stopped
 
 

@@ -63,8 +63,8 @@ class ModelConfig:
         P = self.patch_size
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and 0 < value <= 2**14):
-                raise ValueError(f"expected {field.name} from 1 to {2**14}, not {value!r}")
+            if field.type is int and not (type(value) is int and 0 < value <= 12_288):
+                raise ValueError(f"expected {field.name} from 1 to 12288, not {value!r}")
         if self.clip_frames not in range(P, P * MAX_PATCH_ROWS + 1, P) or self.mel_bins % P:
             raise ValueError(f"expected whole patches of {P}, at most {MAX_PATCH_ROWS} in time: {self}")
         if self.width % self.heads or self.width % 4 or self.depth > 256:
@@ -95,10 +95,9 @@ def sincos_2d(rows: int, cols: int, width: int, device: torch.device | None = No
     positions; the released weights were trained with these (models/images.py:109-125)."""
     exponent = torch.arange(width // 4, dtype=torch.float32, device=device) / (width // 4)
     omega = 1.0 / 10000**exponent                                        # (D/4,)
-    t = torch.arange(rows, device=device).repeat_interleave(cols)        # (rows*cols,)
-    f = torch.arange(cols, device=device).repeat(rows)                   # (rows*cols,)
-    t = t[:, None] * omega                                               # (rows*cols, D/4)
-    f = f[:, None] * omega                                               # (rows*cols, D/4)
+    n = torch.arange(rows * cols, device=device)[:, None]                # (rows*cols, 1)
+    t = n // cols * omega                                                # (rows*cols, D/4)
+    f = n % cols * omega                                                 # (rows*cols, D/4)
     return torch.cat([f.sin(), f.cos(), t.sin(), t.cos()], dim=1)        # (rows*cols, D)
 
 
@@ -217,7 +216,8 @@ class Encoder(nn.Module):
         H, W = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                  # (B, N, D)
         dtype = x.dtype  # of autocast, restored after the norm; fp32 until then
-        x = x + sincos_2d(H, W, self.config.width, x.device)              # (B, N, D)
+        pos_embed = sincos_2d(H, W, self.config.width, x.device)          # (N, D)
+        x = x + pos_embed.to(self.cls_token)                              # (B, N, D)
         if ids_keep is not None:
             B, N, D = x.shape
             rows = flat_rows(ids_keep.reshape(B, -1), N)                  # (B*C*V,)
@@ -388,14 +388,14 @@ class AudioClassifier(nn.Module):
         norm_eps: float | None = NORM_EPS, block: int = 0,
     ):  # fmt: skip
         super().__init__()
-        if pooling not in POOLINGS or block not in range(config.depth + 1):
-            raise ValueError(f"there is no pooling {pooling!r}, or no block {block!r}")
+        if pooling not in POOLINGS or block not in range(config.depth + 1) or not 0 <= (norm_eps or 0) < 1:
+            raise ValueError(f"no such head: pooling {pooling!r}, block {block!r}, norm_eps {norm_eps!r}")
         "".join([*classes, *classes.values()])  # raises TypeError unless all are strings
         self.head_settings = dict(
             classes=classes, pooling=pooling, exclusive=exclusive, norm_eps=norm_eps, block=block
         )
         self.config = config
-        self.classes = dict(classes)
+        self.classes = classes
         self.pooling = pooling
         self.exclusive = exclusive
         self.block = block

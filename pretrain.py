@@ -508,10 +508,10 @@ class Run:
         if self.rank > 0 or not lines:
             return
         try:
-            with open(self.out_dir / name, "a+", encoding="utf-8", errors="surrogateescape") as file:
+            with open(self.out_dir / name, "ab+") as file:  # names of files may hold any bytes
                 file.seek(0)
-                old = set(file.read().split("\n"))
-                file.writelines(f"{line}\n" for line in lines if line not in old)
+                old = set(file.read().split(b"\n"))
+                file.writelines(line + b"\n" for line in map(os.fsencode, lines) if line not in old)
         except OSError as error:
             self.warn(f"could not write to {self.out_dir / name}: {error}")
 

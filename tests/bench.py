@@ -96,14 +96,15 @@ def encoder_flops(c: ModelConfig, tokens: int) -> float:
     return c.depth * (2 * tokens * (4 + 2 * c.mlp_ratio) * c.width**2 + 4 * tokens**2 * c.width)
 
 
-def update_flops(config: pretrain.PretrainConfig, c: ModelConfig) -> float:
+def update_flops(config: pretrain.PretrainConfig, c: ModelConfig) -> dict[str, float]:
     """Operations of an update: teacher forward; student and decoder forward and backward (3 x forward)."""
     H, W = c.grid(config.clip_frames)
     views = config.batch_size * config.clones
     conv = c.decoder_depth * 2 * c.width * (c.width // c.decoder_groups) * c.decoder_kernel**2
     teacher = config.batch_size * encoder_flops(c, H * W + 1)
     student = 3 * views * encoder_flops(c, count_visible(H * W, config.mask_ratio) + 1)
-    return teacher + student + 3 * views * H * W * (conv + 2 * c.width**2)
+    decoder = 3 * views * H * W * (conv + 2 * c.width**2)
+    return dict(teacher=teacher, student=student, decoder=decoder)
 
 
 # ----- An update -------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def draw_part(config: pretrain.PretrainConfig, device: torch.device) -> tuple[Te
 def bench_update(run: pretrain.Run, runs: int) -> Numbers:
     """One update, its pieces, and what two promises of a run cost."""
     part = draw_part(run.config, DEVICE)
-    flops = update_flops(run.config, run.parts["student"].config)
+    flops = sum(update_flops(run.config, run.parts["student"].config).values())
     numbers = rate_of(partial(update, run, [part]), run.config.batch_size, flops, run.amp, runs)
     for name, seconds in bench_pieces(run, *part, runs).items():
         numbers[f"  {name} (s)"] = seconds

@@ -24,6 +24,7 @@ import finetune
 import pretrain
 from evaluate import parse_config
 from finetune import FinetuneConfig
+from model import MODELS
 from extras import compare, export, listen, plot, prepare, released
 from pretrain import PretrainConfig
 
@@ -349,12 +350,9 @@ def test_numbers_of_the_demo():
 
     for row, scores in own["demo"].items():
         shipped = own["shipped"].get(row, []) if row.endswith(", pre-trained") else []
-        cells = [laptop.cell(scores), laptop.cell(shipped)]
-        for where in (text, README)[: 1 if row.startswith("knn") else 2]:
-            assert cells_of(where, row) == cells
+        assert cells_of(text, row) == [laptop.cell(scores), laptop.cell(shipped)]
     bands = json.loads((RUNS / "demo" / "bands.json").read_text())["accuracy"]
     longer_run = json.loads((RUNS / "laptop" / "laptop.json").read_text())["tasks"]["words10"]
-    heads = []
     for row, mean, head in (
         ("4 minutes of pre-training", own["demo"][laptop.TUNED], bands[laptop.TUNED]),
         ("the longer run", own["shipped"][laptop.TUNED], longer_run[laptop.TUNED]),
@@ -362,15 +360,13 @@ def test_numbers_of_the_demo():
           for row in (laptop.SCRATCH, laptop.LONGER[laptop.SCRATCH])),
     ):  # fmt: skip
         assert cells_of(text, row) == [laptop.cell(mean), laptop.cell(head)]
-        heads.append(f"{statistics.mean(head):.2f}"[1:])
-    said = "{} (4 minutes), {} (longer run), {} (scratch), {} (scratch, 4 times)"
-    assert said.format(*heads) in " ".join(README.split())
     for seed in (1, 2, 3):
         log = map(json.loads, lines_of(RUNS / "demo" / f"pretrain{seed}.jsonl"))
         probes = {r["step"]: r["probe_linear"] for r in log if "probe_linear" in r}
         assert list(probes) == [0, 240, 480]
-        for step in (0, 480) if seed == 1 else ():
-            assert f"step {step}  probe_linear {probes[step]:.4g}" in README
+        if seed == 1:
+            said = f"rises from {probes[0]:.3f} to {probes[480]:.3f}".replace("0.", ".")
+            assert said in " ".join(README.split())
 
 
 def test_numbers_of_the_ablations():
@@ -431,7 +427,8 @@ def test_numbers_of_the_bench():
 
 
 def test_the_arithmetic_of_an_update():
-    text, flops = TEXTS[RUNS / "speed" / "README.md"], update_flops(PretrainConfig(batch_size=12))
+    text = TEXTS[RUNS / "speed" / "README.md"]
+    flops = update_flops(PretrainConfig(batch_size=12), MODELS["base"])
     for part, count in flops.items():
         assert re.search(rf"^{part} .* {count / 1e12:.2f} TFLOP$", text, re.M), part
     total = sum(flops.values())
