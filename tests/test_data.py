@@ -141,7 +141,7 @@ def test_channels_are_averaged_before_resampling(tmp_path):
     torch.testing.assert_close(load_audio(tmp_path / "stereo.wav"), expected, rtol=0, atol=1e-6)
 
 
-RATES = [8000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 22_051]  # the last is taken for 22,050
+RATES = [1000, 3000, 8000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 22_051]  # the last as 22,050
 
 
 @pytest.fixture(params=RATES)
@@ -518,6 +518,10 @@ def test_long_clips_are_used_in_full(tmp_path):
     assert len(first_only) == 2
     assert first_only.n_cut == 1
     assert torch.equal(first_only.read(0), whole[: clip_samples(200)])
+    full = clip_samples(200)
+    (tmp_path / "m.tsv").write_text(f".\na.wav\t{full - 1}\nb.wav\t{full}\nc.wav\t{full + 1}\n")
+    assert AudioDataset(tmp_path / "m.tsv", n_frames=200, segments=False).n_cut == 1
+    assert AudioDataset(tmp_path / "m.tsv", n_frames=200).n_cut == 0
 
 
 def test_stand_ins_are_always_the_same(folder):
@@ -618,6 +622,9 @@ def test_what_is_shorter_than_a_frame_is_left_out_always(folder):
     assert len(dataset) == 9
     assert dataset.name(8) == "frame.wav"
     assert dataset.too_short == ["click.wav\tshorter than 400 samples at 16 kHz"]
+    (folder / "clicks.tsv").write_text(f"{folder}\nclick.wav\t399\n")
+    with pytest.raises(InputError, match="no clip has the 400 samples"):
+        AudioDataset(folder / "clicks.tsv", min_samples=0)
 
 
 @pytest.fixture
