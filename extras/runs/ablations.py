@@ -103,7 +103,7 @@ def same_arithmetic(clones: int) -> int:
     costs = []
     for own in (BASE, BASE | dict(batch_size=1, clones=clones)):
         config = PretrainConfig(**PRESETS["demo"] | own)
-        costs.append(update_flops(config, MODELS[config.model]))
+        costs.append(sum(update_flops(config, MODELS[config.model]).values()))
     return round(costs[0] / costs[1])
 
 
