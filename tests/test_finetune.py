@@ -1120,7 +1120,7 @@ def write_bad_manifests(folder: Path) -> None:
     (["--loss", "mse"], "--loss mse: choose from bce_positives, bce, ce"),
     (["--lr", "nan"], "--lr nan is too small or not finite"),
     (["--mixup_prob", "1.5"], "--mixup_prob 1.5 is above 1"),
-    (["--clip_frames", "12304"], "--clip_frames: expected whole patches of 16"),
+    (["--clip_frames", "12304"], "--clip_frames: expected clip_frames from 1 to 12288, not 12304"),
     (["--clip_frames", "100"], "--clip_frames: expected whole patches of 16"),
     (["--model", "huge"], "--model huge: choose from base"),
     (["--timeout", "0"], "--timeout 0.0 is too small"),
