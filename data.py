@@ -331,7 +331,7 @@ class AudioDataset:
             self.too_short.append(f"{name}\tshorter than {self.min_samples} samples at 16 kHz")
         lines = is_long.nonzero().flatten()
         if not len(lines):
-            raise InputError(f"{source}: no clip has the {min_samples} samples that --min_samples asks for")
+            raise InputError(f"{source}: no clip has the {self.min_samples} samples that --min_samples asks for")
         self.n_cut = 0
         hop = n_frames * FRAME_SHIFT
         pieces = (n_samples[lines] // hop).clamp(min=1)

@@ -42,6 +42,7 @@ from extras.tables import load_classifier  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
 SHORTEST_HOP = 0.01  # seconds: a frame
+BATCH_FRAMES = 4096  # in a batch, of 10 ms: more takes memory, and is not quicker
 
 
 # ----- Windows ---------------------------------------------------------------------------------------------
@@ -129,12 +130,13 @@ def apply(
 @torch.no_grad()
 def hear(
     function: Callable[[Tensor], Tensor], path: Path, config: ModelConfig, device: torch.device,
-    hop: float = 0.0, batch_size: int = 16,
+    hop: float = 0.0, batch_size: int = 0,
 ) -> Iterator[Window]:  # fmt: skip
     """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds or, by
     default, side by side. Only a batch is in memory. Silent windows and those with a problem have no output.
     What is wrong with the file as a whole comes last, as a window without length, which is the only one if
     the file cannot be read. Raises InputError if outputs are not finite."""
+    batch_size = batch_size or max(1, BATCH_FRAMES // config.clip_frames)
     batch = []
     form = dict(unit="s", delay=2, leave=False, disable=None)
     with tqdm(desc=path.name, total=round(claimed_seconds(path)), **form) as bar:

