@@ -29,7 +29,7 @@ from data import AudioDataset, ClipSampler, InputError, build_loader
 from evaluate import parse_config, pick_precision
 from extras import listen, prepare
 from masking import count_visible
-from model import EAT, MODELS, MLP, ModelConfig, load_checkpoint
+from model import EAT, MODELS, MLP, ModelConfig, load_checkpoint, make_targets
 from pretrain import (
     PRESETS, PretrainConfig, cosine_lr, draw_masks, draw_noise, draw_parts, ema_decay, ema_update,
     open_networks,
@@ -319,6 +319,49 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     assert all(p.isfinite().all() for p in [*student.parameters(), *teacher.parameters()])
 
 
+def test_an_update_is_adamw_on_the_clipped_gradient_then_the_teacher_follows():
+    """Three updates of two parts, each against its definition; what is returned holds no graph."""
+    config = dataclasses.replace(
+        UPDATE, data="x.tsv", accumulate=2, batch_size=4, lr=1e-2, clip_norm=0.5, ema_decay=0.2,
+        ema_decay_end=0.8, ema_anneal=4, utterance_weight=3.0, weight_decay=0.3, beta1=0.6, beta2=0.7,
+    )  # fmt: skip
+    student, teacher, _, scaler, dtype = parts_of_run(config)
+    optimizer = pretrain.Run(config).optimizer(student.parameters())
+    expected = copy.deepcopy(student)
+    follower = copy.deepcopy(teacher)
+    form = dict(lr=0.0, betas=(0.6, 0.7), eps=1e-8, weight_decay=0.3, foreach=False)
+    adamw = torch.optim.AdamW(expected.parameters(), **form)
+    for step in range(3):
+        masks = draw_masks(config, step, CPU).chunk(2)
+        parts = []
+        for i in range(2):
+            spec = torch.randn(2, 1, 64, 128, generator=torch.Generator().manual_seed(10 * step + i))
+            parts.append((spec, masks[i], draw_noise(config, step, range(2 * i, 2 * i + 2), CPU)))
+        out = pretrain.train_step(student, teacher, optimizer, scaler, parts, step, config, dtype)
+
+        whole = [torch.cat(tensors) for tensors in zip(*parts)]
+        ids_keep = (~whole[1]).nonzero()[:, 1].view(16, -1)
+        targets = make_targets(follower.ffn_outputs(whole[0]))
+        found = expected(whole[0], whole[1], ids_keep, targets, whole[2], 3.0)
+        grads = torch.autograd.grad(found["loss"], list(expected.parameters()))
+        norm = sum(grad.double().square().sum() for grad in grads).sqrt().item()
+        assert norm > 0.5
+        for p, grad in zip(expected.parameters(), grads):
+            p.grad = grad * 0.5 / norm
+        adamw.param_groups[0]["lr"] = cosine_lr(step, 1e-2, 0, 9, 0.0)
+        adamw.step()
+        decay = [0.35, 0.5, 0.65][step]
+        for theirs, ours in zip(follower.parameters(), expected.encoder.parameters()):
+            theirs.data = decay * theirs.data + (1 - decay) * ours.data
+
+        assert out["grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+        for name in ("loss", "loss_frame", "loss_utterance"):
+            assert out[name].item() == pytest.approx(found[name].item(), rel=1e-4)
+        assert not any(x.requires_grad for x in out.values())
+        torch.testing.assert_close(student.state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(teacher.state_dict(), follower.state_dict(), rtol=1e-3, atol=1e-5)
+
+
 def one_update(config: PretrainConfig, device: str, compile: bool = False) -> dict[str, float]:
     """Losses and gradient norm of a first update, always of the same weights, data, masks and noise."""
     torch.backends.cudnn.allow_tf32 = False  # as in a run
@@ -459,6 +502,29 @@ def test_the_log_says_what_happens(folder, train, capsys):
     assert last["clips_per_s"] > 0
     assert 0 < last["data_wait"] < 1
     assert "step 5  loss" in capsys.readouterr().out
+
+
+def test_logged_spreads_are_those_of_what_is_predicted(folder, train, monkeypatch):
+    """target_std and pred_std: the channels' standard deviations over the masked patches of all copies."""
+    seen = []
+    real = pretrain.train_step
+
+    def train_step(*args):
+        out = real(*args)
+        targets = []
+        pred = []
+        for row, mask in enumerate(out["mask"]):
+            targets.append(out["targets"][row // 2][mask])  # two copies of each clip
+            pred.append(out["pred"][row][mask])
+        variances = [torch.cat(rows).var(0) for rows in (targets, pred)]
+        seen.append([(variance + 1e-6).sqrt().mean().item() for variance in variances])
+        return out
+
+    monkeypatch.setattr(pretrain, "train_step", train_step)
+    assert train(*PLAIN, "--updates", 4, "--out_dir", "run") == 0
+    logged = [(line["target_std"], line["pred_std"]) for line in read_log(folder / "run")]
+    for ours, expected in zip(logged, seen, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_logged_losses_are_means_over_the_updates_since_the_last_line(folder, train):
