@@ -311,7 +311,7 @@ class AudioDataset:
     ):  # fmt: skip
         self.source = source
         self.n_frames = n_frames
-        self.min_samples = max(min_samples, FRAME_LENGTH)
+        self.min_samples = least = max(min_samples, FRAME_LENGTH)
         self.allow_silence = allow_silence
         self.manifest = Manifest(source)
         root = self.manifest.root
@@ -324,14 +324,14 @@ class AudioDataset:
         self.offset = n_samples.cumsum(0) - n_samples  # (lines,) where each clip begins, if packed
 
         # Which lines are long enough, and into how many pieces each is cut
-        is_long = n_samples >= self.min_samples
+        is_long = n_samples >= least
         self.too_short = []  # file and reason
         for line in (~is_long).nonzero().flatten().tolist():
             name = self.manifest.fields(line)[0]
             self.too_short.append(f"{name}\tshorter than {self.min_samples} samples at 16 kHz")
         lines = is_long.nonzero().flatten()
         if not len(lines):
-            raise InputError(f"{source}: no clip has the {self.min_samples} samples that --min_samples asks for")
+            raise InputError(f"{source}: no clip has the {least} samples that --min_samples asks for")
         self.n_cut = 0
         hop = n_frames * FRAME_SHIFT
         pieces = (n_samples[lines] // hop).clamp(min=1)
