@@ -817,16 +817,16 @@ def test_a_broken_data_set_stops_the_run(tmp_path, train, capsys):
     for i in range(0, 20, 5):
         (tmp_path / f"{i}.wav").write_text("overwritten")
     (tmp_path / "m.tsv").write_text(f"{tmp_path}\n" + "".join(f"{i}.wav\t8000\n" for i in range(20)))
-    args = [*SHORT, "--data", "m.tsv", "--updates", 40]
+    args = [*SHORT, "--data", "m.tsv", "--updates", 40, "--batch_size", 10]
     assert train(*args, "--out_dir", "run") == 1
     step = last_step(tmp_path / "run")
-    assert step == 13  # the first after which 100 clips have been read
+    assert step == 10  # the first after which 100 clips have been read
     said = capsys.readouterr().out
-    assert re.search(rf"^update {step}: \d+ of 104 clips cannot be used \(--max_bad_fraction\)$", said, re.M)
+    assert re.search(rf"^update {step}: 20 of 100 clips cannot be used \(--max_bad_fraction\)$", said, re.M)
     listed = (tmp_path / "run" / "bad_files.tsv").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == ["0.wav", "10.wav", "15.wav", "5.wav"]
     assert train(*args, "--updates", 15, "--out_dir", "again", "--max_bad_fraction", 0.5) == 0
-    assert read_log(tmp_path / "again")[-1]["bad_clips"] == 15 * 8 // 5
+    assert read_log(tmp_path / "again")[-1]["bad_clips"] == 15 * 10 // 5
 
 
 def test_a_file_replaced_while_training_is_noticed(tmp_path):

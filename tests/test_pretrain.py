@@ -56,6 +56,11 @@ def test_released_learning_rate(step, lr):
     assert found == pytest.approx(lr, rel=1e-9, abs=1e-20)
 
 
+@pytest.mark.parametrize("step, lr", [(0, 1.0), (1, 2.5), (2, 4.0), (4, 2.5), (6, 1.0)])
+def test_the_learning_rate_begins_and_ends_at_its_least(step, lr):
+    assert cosine_lr(step, 4.0, 2, 6, 1.0) == pytest.approx(lr)
+
+
 @pytest.mark.parametrize("step, decay", [
     (1, 0.9998000019), (2, 0.9998000038), (50000, 0.999895), (100000, 0.99999), (399999, 0.99999),
 ])  # fmt: skip
@@ -324,6 +329,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_then_the_teacher_follows():
     config = dataclasses.replace(
         UPDATE, data="x.tsv", accumulate=2, batch_size=4, lr=1e-2, clip_norm=0.5, ema_decay=0.2,
         ema_decay_end=0.8, ema_anneal=4, utterance_weight=3.0, weight_decay=0.3, beta1=0.6, beta2=0.7,
+        target_layers=1,
     )  # fmt: skip
     student, teacher, _, scaler, dtype = parts_of_run(config)
     optimizer = pretrain.Run(config).optimizer(student.parameters())
@@ -341,7 +347,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_then_the_teacher_follows():
 
         whole = [torch.cat(tensors) for tensors in zip(*parts)]
         ids_keep = (~whole[1]).nonzero()[:, 1].view(16, -1)
-        targets = make_targets(follower.ffn_outputs(whole[0]))
+        targets = make_targets(follower.ffn_outputs(whole[0])[-1:])
         found = expected(whole[0], whole[1], ids_keep, targets, whole[2], 3.0)
         grads = torch.autograd.grad(found["loss"], list(expected.parameters()))
         norm = sum(grad.double().square().sum() for grad in grads).sqrt().item()
@@ -540,30 +546,37 @@ def test_logged_losses_are_means_over_the_updates_since_the_last_line(folder, tr
 
 
 def test_a_run_says_how_long_it_will_take(folder, train, capsys, monkeypatch):
-    """After the third update, as if each took 6 s; and in each line of the log."""
+    """After the third update, as if each took 8 s, 2 of them for its clips; and in each line of the log."""
     now = [0.0]
-    real = pretrain.train_step
+    real_step = pretrain.train_step
+    real_loader = pretrain.build_loader
 
     def train_step(*args):
-        out = real(*args)
+        out = real_step(*args)
         now[0] += 6
-        if now[0] == 24:
+        if now[0] == 4 * 8:
             signal.raise_signal(signal.SIGTERM)
         return out
 
+    def build_loader(*args, **options):
+        for batch in real_loader(*args, **options):
+            now[0] += 2
+            yield batch
+
     monkeypatch.setattr(pretrain, "train_step", train_step)
+    monkeypatch.setattr(pretrain, "build_loader", build_loader)
     monkeypatch.setattr(time, "perf_counter", lambda: 1 + now[0])
     assert train(*PLAIN, "--updates", 36_000, "--out_dir", "run") == 128 + signal.SIGTERM
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("an update takes 6.00 s: 60.0 hours to go")
+    at = lines.index("an update takes 8.00 s: 80.0 hours to go")
     assert lines[at - 1].startswith("step 3 ")
     assert lines[at + 1].startswith("step 4 ")
     assert max(map(len, lines)) <= 90
     logged = read_log(folder / "run")
-    assert [line["minutes_left"] for line in logged] == pytest.approx(
-        [(36_000 - step) / 10 for step in (1, 2, 3, 4)]
-    )
-    assert [line["clips_per_s"] for line in logged] == pytest.approx([8 / 6] * 4)
+    minutes = [(36_000 - step) * 8 / 60 for step in (1, 2, 3, 4)]
+    assert [line["minutes_left"] for line in logged] == pytest.approx(minutes)
+    assert [line["clips_per_s"] for line in logged] == pytest.approx([1] * 4)
+    assert [line["data_wait"] for line in logged] == pytest.approx([2 / 8] * 4)
 
 
 def test_output_is_made_for_people_and_for_files(classifier, train, tune, called, capfd):
