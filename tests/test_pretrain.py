@@ -266,7 +266,7 @@ def test_wrong_flags_are_one_line(argv, message):
     (dict(mask_block_time=4, mask_block_freq=8), "choose a smaller block, longer clips or another ratio"),
     (dict(mask_ratio=0.0), "no masks of ratio 0.0"),
     (dict(mask_block_freq=9), "with blocks of 2 x 9 fit 4 x 8 patches"),
-    (dict(clip_frames=20_000), "--clip_frames, --mask...: expected clip_frames from 1 to 16384, not 20000"),
+    (dict(clip_frames=20_000), "--clip_frames, --mask...: expected clip_frames from 1 to 12288, not 20000"),
     (dict(clip_frames=1000), "expected whole patches of 16"),
     (dict(norm_mean=math.inf), "a finite norm_mean"),
     (dict(target_layers=3), "--target_layers is above the 2 blocks of tiny"),
