@@ -918,7 +918,19 @@ def test_an_error_of_a_thread_is_raised_where_the_batch_is_wanted(folder):
         next(build_loader(dataset, [[0]], workers=2))
 
 
+def test_what_was_to_be_read_is_not_when_the_loader_is_left():
+    """But for the read that a thread is in: a run that ends does not wait for others."""
+    dataset = Slow(hangs_at=1)
+    loader = build_loader(dataset, ([i] for i in range(10**9)), workers=1)
+    assert next(loader).items == [0]
+    loader.close()
+    dataset.go_on.set()
+    time.sleep(0.3)
+    assert len(dataset.seen) <= 2
+
+
 COUNT_THREADS = """
+import threading
 import torch
 import data
 class Clips:
@@ -927,8 +939,12 @@ class Clips:
         self.seen.add(torch.get_num_threads())
         return data.Clip(torch.zeros(400), item, "")
 clips = Clips()
-list(data.build_loader(clips, [[i] for i in range(20)], 3))
-print(*clips.seen, torch.get_num_threads())
+def train():
+    list(data.build_loader(clips, [[i] for i in range(20)], 3))
+    print(*clips.seen, torch.get_num_threads())
+thread = threading.Thread(target=train)  # whatever the imports did, it has not used OpenMP yet
+thread.start()
+thread.join()
 """
 
 

@@ -401,7 +401,7 @@ def sklearn_scores(x: torch.Tensor, y: torch.Tensor, decay: float) -> np.ndarray
 
 
 @pytest.mark.parametrize("n_labels", [None, 3], ids=["one class", "several labels"])
-@pytest.mark.parametrize("decay", [1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
 def test_linear_probe_equals_scikit_learn(n_labels, decay):
     """Softmax regression, or a logistic regression a class, with the same penalty; the bias has none."""
     x, y = clips_of_classes(240, n_labels)
@@ -413,7 +413,7 @@ def test_linear_probe_equals_scikit_learn(n_labels, decay):
     if n_labels is None:  # what is added to all classes does not matter
         ours = ours - ours.mean(1, keepdim=True)
     theirs = sklearn_scores(x, y, decay)
-    assert np.abs(ours.numpy() - theirs).max() < 0.01 * np.abs(theirs).max()
+    assert np.abs(ours.numpy() - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("n_labels", [None, 3])
