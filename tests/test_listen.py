@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from conftest import ROOT, Script, tone
 from data import FRAME_SHIFT, clip_samples, load_audio, spectrogram
 from evaluate import pooled, save_checkpoint
 from extras import features, listen
-from extras.listen import clock, hear
+from extras.listen import Window, clock, hear
 from model import EAT, MODELS, AudioClassifier, Encoder, ModelConfig, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -858,16 +859,31 @@ def test_features_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, h
         assert len(found["cls"]) == int(3600 * hours / 0.96)
 
 
-@pytest.mark.parametrize(
-    "hours, n_classes, form",
-    [
-        (0.15, 10_000, "--timeline"),
-        pytest.param(0.15, 10_000, "--json", marks=pytest.mark.long),
-        pytest.param(24, 500, "--json", marks=pytest.mark.long),
-    ],
-)
+def test_tags_keep_no_outputs(monkeypatch):
+    """Of each window only the likeliest classes, in tags and in detections."""
+    held = []
+
+    def windows(*_):
+        for i in range(100):
+            output = np.full(2, 0.4 + 0.01 * (i % 20))
+            held.append(weakref.ref(output))
+            assert sum(reference() is not None for reference in held) <= 3
+            yield Window(i, i + 1, output, "")
+
+    monkeypatch.setattr(listen, "hear_classes", windows)
+    model = ToneClassifier()
+    record = listen.tag(model, Path("x.wav"), CPU, top_k=1)
+    assert len(record["windows"]) == 100
+    assert all(len(window["top"]) == 1 for window in record["windows"])
+    found, _ = listen.detect(model, Path("x.wav"), CPU, threshold=0.5)
+    assert len(found) == 2 * 5
+    assert len(held) == 200
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hours, n_classes", [(0.15, 10_000), (24, 500)])
+@pytest.mark.parametrize("form", ["--json", "--timeline"])
 def test_tags_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, hours, n_classes, form):
-    """Of each window only the likeliest classes are kept."""
     write_recording(tmp_path / "short.wav", 3 / 60)  # several batches
     write_recording(tmp_path / "long.wav", hours)
     config = ModelConfig(width=32, depth=1, heads=1, mlp_ratio=1, clip_frames=16)
