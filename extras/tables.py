@@ -61,7 +61,7 @@ def load_classifier(path: str, classes: str = "") -> AudioClassifier:
 
 
 def write_table(path: Path, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
-    """Write the average precision of each class, to a name that is not taken. If that is not possible, say so."""
+    """Write the average precision of each class, to a name that is not taken; warn if that is impossible."""
     rows = [("label", "name", "clips", "average_precision")]
     for (label, name), count, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
         rows.append((label, name, count, f"{value:.6f}"))

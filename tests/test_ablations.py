@@ -26,8 +26,8 @@ def test_exact_count(grid, mask_ratio):
 
 
 def test_how_often_each_patch_is_visible():
-    """With one block of any of the three shapes, which begins 2 patches before its centre on both axes: so the
-    released code has it. Blocks of 24 patches have a 25th beside them, anywhere."""
+    """With one block of any of the three shapes, which begins 2 patches before its centre on both axes, as in
+    the released code. To blocks of 24 patches, or clipped ones, patches are added anywhere."""
     n = 20_000
     mask = flexible_block_mask(n, 1, mask_ratio=1 - 25.5 / 512, adjust=0.0, generator=seeded())
     visible = (~mask).view(n, 64, 8).double().mean(0)
@@ -79,7 +79,8 @@ def test_masks_of_an_update_are_drawn_from_seed_and_update():
 def test_the_process_of_a_job_trains_with_flexible_blocks(folder, script, train, monkeypatch):
     """Its losses are those of a training that draws such masks, and not those of one that does not."""
     flags = "--data manifest.tsv --model tiny --clip_frames 128 --min_samples 1600 --clones 2 --batch_size 4"
-    flags = f"{flags} --mask_ratio 0.6 --mask_adjust 0.3 --updates 2 --warmup 1 --log_every 1 --workers 0".split()
+    flags += " --mask_ratio 0.6 --mask_adjust 0.3 --updates 2 --warmup 1 --log_every 1 --workers 0"
+    flags = flags.split()
     (folder / "extras").symlink_to(ROOT / "extras")
     (folder / "job.py").write_text(FLEXIBLE)
     script(folder / "job.py", *flags, "--out_dir", "job")

@@ -276,7 +276,7 @@ def test_which_rows_of_patches_count(n_sound, rows):
 
 @pytest.mark.parametrize("from_bin, to_bin", [(0, 20), (40, 60), (108, 128), (7, 8)])
 def test_bands_leave_out_padding_with_a_blank_band(from_bin, to_bin):
-    """SpecAugment sets a band of mel bins to 0 in all frames, which makes neither padding nor silence sound."""
+    """SpecAugment sets a band of mel bins to 0 in all frames: that makes no sound of padding or silence."""
     spec = padded_spectrogram([40])
     spec[0, 0, 48:64] = -1.277565  # digital silence, then padding
     tokens = torch.randn(1, 1 + 48, 64)

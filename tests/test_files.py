@@ -1,5 +1,5 @@
-"""Files and folders as users have them, from the scan to the scores: no sound is lost, none is used twice, names
-and labels stay what they are, and nothing fails in silence. How single files are read is in test_media.py."""
+"""Files and folders as users have them, from the scan to the scores: no sound is lost, none is used twice, and
+names and labels stay what they are. How single files are read is in test_media.py."""
 
 import builtins
 import csv
@@ -41,7 +41,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def scanned(folder: Path, labels: str | None = None) -> tuple[list[list[str]], list[str]]:
-    """Rows of the manifest m.tsv beside a folder, as `prepare.py scan` makes it, and the lines of its .bad."""
+    """Rows of the manifest m.tsv beside a folder, as `prepare.py scan` makes it, and lines of its .bad."""
     manifest = folder.parent / "m.tsv"
     bad = folder.parent / "m.tsv.bad"
     manifest.unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def test_what_we_write_is_read_back_as_it_was(audio, train):
 
 
 def test_broken_links_are_listed(audio, capsys):
-    """A link that is called like audio is a file that is missing; another may have been a folder: it is told."""
+    """A broken link with the name of audio is a missing file; any other may have been a folder, and is told."""
     soundfile.write(audio / "here.wav", tone(8000).numpy(), 16_000)
     for i in range(3):
         (audio / f"annexed {i}.wav").symlink_to(f"../.git/annex/objects/{i}")
@@ -195,7 +195,7 @@ def test_what_cannot_be_read_says_why(audio):
 
 @pytest.fixture
 def odd_classes(audio) -> list[str]:
-    """Folders of labels of odd bytes, with a clip in each, m.tsv, and c.pt, an untrained classifier of them."""
+    """Folders with names of odd bytes, a clip in each, m.tsv, and c.pt, an untrained classifier of them."""
     labels = [os.fsdecode(name) for name in (*ODD[:4], ODD[5].strip(), *ODD[6:7], *ODD[8:11])]
     for i, label in enumerate(labels):
         (audio / label).mkdir()
@@ -274,7 +274,7 @@ def test_classes_of_the_same_name_are_both_told(audio):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_files_of_classes(tmp_path, text, classes, encoding, end):
-    """Of all four layouts, in their order, with and without byte order mark, as Windows or others write them."""
+    """All four layouts give the classes in their order, with a byte order mark or not, and either line end."""
     (tmp_path / "classes").write_bytes(text.replace("\n", end).encode(encoding))
     found = read_classes(tmp_path / "classes")
     assert found == classes

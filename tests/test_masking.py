@@ -126,7 +126,13 @@ def test_one_rectangular_block(block):
 
 @pytest.mark.parametrize(
     "grid, block, n_visible",
-    [((6, 5), (3, 3), 9), ((6, 5), (3, 3), 5), ((8, 6), (4, 3), 12), ((8, 6), (2, 5), 11), ((1, 8), (1, 8), 4)],
+    [
+        ((6, 5), (3, 3), 9),
+        ((6, 5), (3, 3), 5),
+        ((8, 6), (4, 3), 12),
+        ((8, 6), (2, 5), 11),
+        ((1, 8), (1, 8), 4),
+    ],
 )
 def test_how_often_each_patch_is_visible(grid, block, n_visible):
     """With one block: it begins half a block before its centre, which may be any patch; what is too much is

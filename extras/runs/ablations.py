@@ -38,7 +38,7 @@ BASE = dict(
 )  # fmt: skip
 
 
-# ----- Flexible blocks, the last row of the paper's Table 3 --------------------------------------------------
+# ----- Flexible blocks, the last row of the paper's Table 3 ------------------------------------------------
 
 FLEXIBLE_BLOCKS = ((6, 4), (5, 5), (8, 3))  # (time, freq); released code: utils/data_utils.py:234-274
 START = 2  # there every block, whatever its shape, begins so many patches before its centre
@@ -95,7 +95,7 @@ def pretrain_flexible() -> None:
     run_script(lambda: pretrain.train(parse_config(PretrainConfig, PRESETS)))
 
 
-# ----- Jobs --------------------------------------------------------------------------------------------------
+# ----- Jobs ------------------------------------------------------------------------------------------------
 
 
 def same_arithmetic(clones: int) -> int:
