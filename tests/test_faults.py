@@ -119,7 +119,7 @@ def free_port() -> int:
 
 # --- processes --------------------------------------------------------------------------------------------
 
-GAP = 16  # updates between kills
+GAP = 12  # updates between kills
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_accumulation_and_packed_data(tmp
     root, *lines = demo.read_text().splitlines()[:101]
     (tmp_path / "some.tsv").write_text("\n".join([str((demo.parent / root).resolve()), *lines]) + "\n")
     script("extras/prepare.py", "pack", "some.tsv", "packed.tsv")
-    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 40]
+    args = [*RUN, "--data", "packed.tsv", "--accumulate", 2, "--updates", 30]
     script("pretrain.py", *args, "--out_dir", "whole")
     job = Job(tmp_path, *args, "--out_dir", "cut", processes=1)
     assert job.wait_for(lambda: last_step(tmp_path / "cut") >= 10)
@@ -238,7 +238,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_accumulation_and_packed_data(tmp
     step = saved_step(tmp_path / "cut")
     said = script("pretrain.py", *args, "--out_dir", "cut", "--workers", 4).stdout
     assert said.startswith(f"cut, from update {step}: 1 x cpu")
-    assert 10 <= step < 40
+    assert 10 <= step < 30
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
@@ -551,7 +551,7 @@ def test_a_read_that_hangs_ends_every_script(classifier):
     probe = ("evaluate.py", ["classifier.pt", "manifest.tsv", "manifest.tsv"])
     pack = ("extras/prepare.py", ["pack", "manifest.tsv", "packed.tsv"])
     cases = [(1, 0, 0.03, name, args) for name, args in (*SCRIPTS.items(), probe, pack)]
-    cases += [(2, rank, 0.2, *pretrain) for rank in (0, 1)]
+    cases += [(2, 0, 0.1, *pretrain), (2, 1, 0.15, *pretrain)]
     jobs = []
     for i, (processes, rank, timeout, name, args) in enumerate(cases):
         start = start_of(classifier, HANGS.format(rank=rank, reads=0), name)
@@ -563,8 +563,8 @@ def test_a_read_that_hangs_ends_every_script(classifier):
     ranks = jobs[-1].ranks()
     assert [job.wait(90) for job in jobs] == [1] * len(jobs)
     assert not any(map(is_running, ranks))
-    for job, (processes, _, _, name, args) in zip(jobs, cases):
-        seconds = {1: 2, 2: 11}[processes]
+    for job, (_, _, timeout, name, args) in zip(jobs, cases):
+        seconds = {0.03: 2, 0.1: 5, 0.15: 8}[timeout]
         said = f"{Path(name).name}: no batch for {seconds} s: reading manifest.tsv hangs"
         if args[0] == "pack":
             said = "prepare.py: a file has not been read in 2 s"
@@ -630,35 +630,31 @@ def test_a_pipe_is_no_audio_file(folder):
 # --- the log ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["foreign line", "half a line", "zeros", "first line", "gone", "none"])
-def test_a_run_goes_on_whatever_its_log_holds(tmp_path, train, damage):
+def test_a_run_goes_on_whatever_its_log_holds(tmp_path, train):
     """Lines behind the checkpoint are cut and logged again; those before it are not read."""
-    args = [*RUN, "--updates", 12, "--save_every", 4, "--out_dir", "run"]
-    assert train(*args) == 0
-    log = tmp_path / "run" / "log.jsonl"
-    whole = log.read_bytes()
+    args = [*RUN, "--updates", 12, "--save_every", 4, "--out_dir"]
+    assert train(*args, "whole") == 0
+    whole = (tmp_path / "whole" / "log.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    (tmp_path / "run" / "last.pt").unlink()  # previous.pt is that of update 8
-    if damage == "gone":
-        log.unlink()
-    elif damage == "first line":
-        log.write_bytes(b"x" * (len(lines[0]) - 1) + b"\n" + b"".join(lines[1:]))
-    else:
-        more = {"foreign line": b"lr 3\n", "half a line": b'{"step": 5, "lo', "zeros": bytes(4096)}
-        log.write_bytes(whole + more.get(damage, b""))
-    assert train(*args) == 0
-    found = log.read_bytes().splitlines(keepends=True)
-    steps = [json.loads(line)["step"] for line in found if line.startswith(b"{")]
-    if damage == "gone":
-        assert steps == [9, 10, 11, 12]
-    elif damage == "first line":
-        assert steps == list(range(2, 13))
-        assert found[1:8] == lines[1:8]
-    else:
-        assert steps == list(range(1, 13))
-        assert found[:8] == lines[:8]
-    for ours, theirs in zip(found[-4:], lines[-4:]):
-        assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
+    (tmp_path / "whole" / "last.pt").unlink()  # previous.pt is that of update 8
+    spoilt = b"x" * (len(lines[0]) - 1) + b"\n"
+    damaged = {
+        "foreign line": whole + b"lr 3\n", "half a line": whole + b'{"step": 5, "lo',
+        "zeros": whole + bytes(4096), "first line": spoilt + b"".join(lines[1:]), "cut": b"".join(lines[:9]), "gone": b"",
+    }  # fmt: skip
+    for name, content in damaged.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        log = tmp_path / name / "log.jsonl"
+        log.write_bytes(content)
+        if not content:
+            log.unlink()
+        assert train(*args, name) == 0
+        found = log.read_bytes().splitlines(keepends=True)
+        kept = {"gone": [], "first line": [spoilt, *lines[1:8]]}.get(name, lines[:8])
+        assert found[:-4] == kept, name
+        for ours, theirs in zip(found[-4:], lines[8:], strict=True):
+            assert json.loads(ours)["step"] == json.loads(theirs)["step"]
+            assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
 
 
 def test_a_run_that_begins_anew_begins_its_log_anew(tmp_path, train):
@@ -966,7 +962,7 @@ def test_files_that_are_replaced_while_they_are_read(tmp_path, rounds):
     assert {"ok", "a broken link"} <= set(said)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.binary(max_size=400), st.text(max_size=400).map(str.encode), st.lists(
     st.tuples(st.text(max_size=20), st.one_of(st.integers(), st.text(max_size=8)), st.text(max_size=8)),
     max_size=8,
