@@ -281,9 +281,9 @@ def start(*command):
 
 
 def whole_runs(amp: str) -> None:
-    """300 updates (tiny: 20), stopped by SIGTERM and gone on with, and without a stop; then fine-tuning: the
+    """300 updates (tiny: 12), stopped by SIGTERM and gone on with, and without a stop; then fine-tuning: the
     scripts themselves."""
-    size = "--preset demo --model tiny --batch_size 4 --updates 20"
+    size = "--preset demo --model tiny --batch_size 4 --updates 12"
     if GPU:
         size = "--batch_size 12 --updates 300 --min_samples 1600"
     command = [ROOT / "pretrain.py", *size.split(), "--data", pretrain.DEMO / "pretrain.tsv"]
@@ -292,8 +292,8 @@ def whole_runs(amp: str) -> None:
     uncut = OUT / f"{amp}_uncut"
     log = cut / "log.jsonl"
     process = start(*command, cut)
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
-        time.sleep(0.05)
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     status = process.wait()
     stopped = model.load_checkpoint(cut / "last.pt")["step"]

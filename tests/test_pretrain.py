@@ -451,28 +451,23 @@ def losses(path: Path) -> list[float]:
     return [line["loss"] for line in read_log(path) if "loss" in line]
 
 
-def test_two_processes_accumulation_and_packed_data_give_one_curve(folder, script, train):
-    """Accumulation within two processes is in test_going_on_with_another_number_of_processes."""
+def test_processes_accumulation_and_packed_data_give_one_curve(folder, script, train):
+    """Four processes are the paper's layout. Accumulation within two processes is in
+    test_going_on_with_another_number_of_processes."""
     assert train(*PLAIN, "--out_dir", "one") == 0
+    said = script("pretrain.py", *PLAIN, "--out_dir", "four", processes=4).stdout
+    assert said.startswith("four, from update 0: 4 x cpu, torch.float32\n")
     script("pretrain.py", *PLAIN, "--out_dir", "two", processes=2)
     script("extras/prepare.py", "pack", "manifest.tsv", "packed.tsv")
     assert train(*SHORT, "--data", "packed.tsv", "--out_dir", "parts", "--accumulate", 4, "--workers", 2) == 0
     expected = losses(folder / "one")
     assert len(expected) == 10
     assert expected[-1] < 0.9 * expected[0]
-    for other in ("two", "parts"):
+    for other in ("two", "four", "parts"):
         assert losses(folder / other) == pytest.approx(expected, rel=1e-5)
     for key in ("grad_norm", "lr", "epoch", "ema_decay"):
         for ours, theirs in zip(read_log(folder / "two"), read_log(folder / "one"), strict=True):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
-
-
-def test_four_processes_give_the_curve_of_one(folder, script, train):
-    """The paper's layout: torchrun --nproc_per_node=4."""
-    assert train(*PLAIN, "--out_dir", "one") == 0
-    said = script("pretrain.py", *PLAIN, "--out_dir", "four", processes=4).stdout
-    assert said.startswith("four, from update 0: 4 x cpu, torch.float32\n")
-    assert losses(folder / "four") == pytest.approx(losses(folder / "one"), rel=1e-5)
     one = load_checkpoint(folder / "one" / "last.pt")
     four = load_checkpoint(folder / "four" / "last.pt")
     for part in ("student", "teacher"):
