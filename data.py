@@ -418,7 +418,7 @@ def open_labelled(
             raise InputError(f"{source}: {data.name(item)} has no label (third column)")
         unknown = set(own) - index.keys()
         if unknown:
-            raise InputError(f"{source}: {data.name(item)} is labelled {min(unknown)!r}, which is no class")
+            raise InputError(f"{source}: {data.name(item)} has an unknown label: {min(unknown)!r}")
         targets[item, [index[label] for label in own]] = True
     return Labelled(data, targets, classes)
 

@@ -240,9 +240,8 @@ def evaluate_classifier(args: argparse.Namespace, device: torch.device) -> None:
         print(f"cannot be used: {problem.expandtabs(1)}", file=sys.stderr)
     if test.data.n_cut:
         print(f"WARNING: {test.data.n_cut} longer clips are scored by their beginning", file=sys.stderr)
-    place = args.checkpoint if os.path.isdir(args.checkpoint) else "per_class.csv"
     counts = test.targets[found.items].sum(0)
-    write_table(Path(args.out or place), model, counts, precision)
+    write_table(args.out, args.checkpoint, model, counts, precision)
 
 
 def evaluate_encoder(args: argparse.Namespace, device: torch.device) -> None:

@@ -15,7 +15,6 @@ the released scripts' settings. Citations such as utils/mixup.py:22 point into t
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -29,14 +28,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from data import (
-    FRAME_SHIFT, AudioDataset, Batch, ClipSampler, InputError, Labelled, Manifest, labels_of, move,
-    open_labelled, seed_of, spectrogram,
+    FRAME_LENGTH, FRAME_SHIFT, AudioDataset, Batch, ClipSampler, InputError, Labelled,
+    Manifest, move, open_labelled, seed_of, spectrogram,
 )  # fmt: skip
 from evaluate import (
-    distribute, fit_linear, has_one_class, parse_config, pooled, predict, probe_block,
-    run_script, summarize_scores,
+    distribute, fit_linear, has_one_class, parse_config, predict, probe_block, run_script,
+    summarize_scores,
 )  # fmt: skip
-from extras.tables import read_classes
+from extras.tables import classes_cut_short, read_classes
 from model import MODELS, POOLINGS, AudioClassifier, Encoder, ModelConfig
 from pretrain import DEMO, Run, RunConfig, cosine_lr, descend
 
@@ -53,15 +52,15 @@ class FinetuneConfig(RunConfig):
     init: str = ""  # checkpoint to start from, own or released, or scratch
     model: Literal[*MODELS] = "base"  # size of --init scratch: a row of model.MODELS
     clip_frames: int = 1024  # frames of 10 ms; other clips are cut or padded. 0 = as --init, or fits --data
-    norm_mean: float = -4.268  # mean of log-mel values, AudioSet's; extras/prepare.py stats prints yours
-    norm_std: float = 4.569  # their standard deviation; values are divided by twice this. 0 = both as --init
+    norm_mean: float = -4.268  # mean of log-mel values, AudioSet's (prepare.py stats: yours). 0 = as --init
+    norm_std: float = 4.569  # their standard deviation; values are divided by twice this. 0 = as --init
     min_samples: int = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
     # Loss and network
     loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # by positives; by clips; softmax
     metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: metric and loss by labels
     pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
-    frozen: bool = False  # fit only a linear classifier, on bands, by logistic regression
-    block: int = 0  # of the encoder that --frozen classifies, 0 = at 7/12 of the depth
+    frozen: bool = False  # fit only a linear classifier, by logistic regression
+    block: int = 0  # of the encoder, that --frozen classifies; 0 = at 7/12 of the depth
     label_smoothing: float = 0.0  # smoothing of ce without mixup, in training only (released code)
     drop_path: float = 0.1  # rate at which the last block is left out, rising linearly from 0
     layer_decay: float = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
@@ -102,8 +101,8 @@ PRESETS = {
         norm_std=5.565, loss="bce", metric="accuracy", label_smoothing=0.1, noise=True, lr=2e-4, seed=42,
     ),
     "own": SMALL | dict(
-        model="small", clip_frames=0, norm_std=0.0, min_samples=0, lr=0.0, loss="auto", metric="auto",
-        batch_size=32, updates=400, warmup=40, log_every=20,
+        model="small", clip_frames=0, norm_mean=0.0, norm_std=0.0, min_samples=0, lr=0.0, loss="auto",
+        metric="auto", pooling="bands", batch_size=32, updates=400, warmup=40, log_every=20,
     ),
     "demo": SMALL | dict(
         data=str(DEMO / "train.tsv"), eval_data=str(DEMO / "test.tsv"), out_dir="runs/demo_finetune",
@@ -275,11 +274,13 @@ def fit_to_network(config: FinetuneConfig, network: ModelConfig) -> FinetuneConf
     if not config.clip_frames:
         frames = network.clip_frames
         if config.init == "scratch":
-            longest = int(Manifest(config.data).n_samples.max()) / FRAME_SHIFT
+            longest = 1 + (int(Manifest(config.data).n_samples.max()) - FRAME_LENGTH) / FRAME_SHIFT
             frames = min(frames, math.ceil(longest / network.patch_size) * network.patch_size)
         config = replace(config, clip_frames=frames)
+    if not config.norm_mean:
+        config = replace(config, norm_mean=network.norm_mean)
     if not config.norm_std:
-        config = replace(config, norm_mean=network.norm_mean, norm_std=network.norm_std)
+        config = replace(config, norm_std=network.norm_std)
     if not config.lr:
         config = replace(config, lr=round(0.2 / network.width, 6))
     return config
@@ -311,9 +312,10 @@ def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Label
     config = fit_to_network(config, encoder.config)
     classes = read_classes(config.classes) if config.classes else None
     train = open_labelled(config.data, config.clip_frames, classes, config.min_samples, allow_silence=False)
-    test = open_labelled(config.eval_data, config.clip_frames, train.classes)
     if len(train.classes) < 2:
-        raise InputError(f"{config.data} has one class only: {next(iter(train.classes))}")
+        only = f"{config.data}, with --min_samples {config.min_samples}, has one class only"
+        raise InputError(f"{only}: {next(iter(train.classes))}")
+    test = open_labelled(config.eval_data, config.clip_frames, train.classes)
     config = fit_to_labels(config, torch.cat([train.targets, test.targets]))
     try:
         network = replace(
@@ -325,23 +327,12 @@ def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Label
     head = dict(pooling=config.pooling, exclusive=config.loss == "ce")
     if config.frozen:  # see fit_linear
         block = probe_block(network, config.block)
-        head = dict(pooling="bands", exclusive=has_one_class(train.targets), block=block, norm_eps=None)
+        head |= dict(exclusive=has_one_class(train.targets), block=block, norm_eps=None)
+    elif config.block:
+        raise InputError("--block is for --frozen")
     model = AudioClassifier(network, train.classes, **head)
     model.encoder.load_state_dict(encoder.state_dict())
     return config, train, test, model
-
-
-def warn_of_short(data: AudioDataset, run: Run) -> None:
-    """Name the classes that lose more than a tenth of their clips because these are too short."""
-    lost = Counter()
-    total = Counter()
-    for line, n_samples in enumerate(data.manifest.n_samples.tolist()):
-        for label in labels_of(data.manifest.fields(line)):
-            total[label] += 1
-            lost[label] += n_samples < data.min_samples
-    names = [f"{label} ({n} of {total[label]})" for label, n in lost.items() if n > total[label] / 10]
-    if names:
-        run.warn(f"--min_samples {data.min_samples} leaves out clips of {', '.join(names)}")
 
 
 def train(config: FinetuneConfig) -> int:
@@ -367,7 +358,9 @@ def train(config: FinetuneConfig) -> int:
     n_cut = data.n_cut + test_set.data.n_cut
     if n_cut:
         run.warn(f"of {n_cut} longer clips only the first {config.clip_frames} frames are used")
-    warn_of_short(data, run)
+    short = classes_cut_short(data)
+    if short:
+        run.warn(f"--min_samples {config.min_samples} leaves out clips of {', '.join(short)}")
 
     def evaluate(step: int) -> float:
         classifier.eval()
@@ -429,12 +422,15 @@ def train(config: FinetuneConfig) -> int:
 
 def fit_head(classifier: AudioClassifier, train_set: Labelled, run: Run) -> None:
     """Logistic regression of the classes on the frozen encoder's features, as in evaluate.probe."""
-    features = pooled(classifier.eval().encoder, "bands", classifier.block)
-    found = predict(features, train_set.data, classifier.config, run.device, **run.loading)
+    classifier.eval()
+    head = classifier.head
+    classifier.head = nn.Identity()
+    found = predict(classifier, train_set.data, classifier.config, run.device, **run.loading)
     run.add("bad_files.tsv", found.problems)
     targets = train_set.targets[found.items].to(run.device)
     weight, bias = fit_linear(found.values.to(run.device), targets)
-    classifier.head.load_state_dict(dict(weight=weight, bias=bias))
+    head.load_state_dict(dict(weight=weight, bias=bias))
+    classifier.head = head
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ class Encoder(nn.Module):
         self.norm_pre = nn.LayerNorm(D, eps=NORM_EPS)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
-        self.init_weights()
+        if not self.cls_token.is_meta:  # else a checkpoint fills them
+            self.init_weights()
 
     def init_weights(self) -> None:
         """As in the released code (EAT_pretraining.py:243-251); everything else keeps PyTorch's default."""
@@ -206,8 +207,7 @@ class Encoder(nn.Module):
 
     def embed(self, spec: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """CLS token and patches with positions, only the visible ones if ids_keep (B*C, V) is given:
-        (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D). Frames that do not fill a patch are left out. Raises
-        ValueError for other shapes."""
+        (B, 1, F, M) -> (B, 1+N, D) or (B*C, 1+V, D). Incomplete patches are left out. Raises ValueError."""
         if spec.ndim != 4 or spec.shape[1] != 1 or spec.shape[3] != self.config.mel_bins:
             raise ValueError(f"expected (B, 1, F, {self.config.mel_bins}), got {tuple(spec.shape)}")
         if not 1 <= self.config.grid(spec.shape[2])[0] <= MAX_PATCH_ROWS:
@@ -326,7 +326,6 @@ class EAT(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         """Loss of one batch: spec (B, 1, F, M), mask (B*C, N), ids_keep (B*C, V), targets (B, N, D),
         noise (B*C, N, D) -> loss = loss_frame + loss_utterance (fp32 scalars) and pred (B*C, N, D), detached.
-
         loss = sqrt(D) * (MSE_frame + utterance_weight * MSE_utterance). The released code sums the utterance
         term over the rows of one GPU (EAT_pretraining.py:760-776): its lambda = 1 is a weight of 12 clips *
         16 clones. With means, the weight does not depend on how a batch is divided."""
@@ -407,8 +406,9 @@ class AudioClassifier(nn.Module):
         if norm_eps is not None:
             self.fc_norm = LayerNorm(width, eps=norm_eps)
         self.head = nn.Linear(width, len(classes))
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        if not self.head.weight.is_meta:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, spec: Tensor) -> Tensor:
         """(B, 1, F, M) -> logits (B, classes)."""
@@ -448,7 +448,7 @@ def refusing(path: str | Path) -> Iterator[None]:
             raise  # those three come from wrong offsets in the file
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise OSError(errno.ENOMEM, "not enough memory", str(path)) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch.load runs no code
             reason = "it is damaged, or holds Python objects, which could run code"
         raise CheckpointError(f"{path} is not a checkpoint of this model: {reason}") from None

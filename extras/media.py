@@ -82,7 +82,7 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
             elif suffix in AUDIO_SUFFIXES:
                 paths.append(path)
             elif not suffix and not in_tool and not os.path.exists(path):  # it may have been a folder
-                warn(FileNotFoundError(2, "a link to nothing", str(path)))
+                warn(FileNotFoundError(2, "a broken link", str(path)))
     if hidden:
         first = min(hidden).relative_to(folder)
         print(f"left out: {len(hidden)} files that are hidden or a tool's, such as {first}", file=sys.stderr)

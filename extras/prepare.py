@@ -304,7 +304,7 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     """Decode manifests, tar or parquet files into one .pcm file, and list its clips in `output`.
     Started again, it goes on where it was: `output`.partial has a hash of the sources, then lines
     source<TAB>kind<TAB>text. The text is a line of the manifest (kind "clip") or of .bad ("left out", "kept"
-    if the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if anything is lost."""
+    if the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if any is lost."""
     if not output.endswith(".tsv") or output in sources:
         raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
     partial = Path(f"{output}.partial")

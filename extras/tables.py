@@ -5,13 +5,14 @@ import itertools
 import os
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
 
-from data import InputError, first_line
+from data import AudioDataset, InputError, first_line, labels_of
 from model import AudioClassifier
 
 
@@ -60,13 +61,28 @@ def load_classifier(path: str, classes: str = "") -> AudioClassifier:
     return model
 
 
-def write_table(path: Path, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
-    """Write the average precision of each class, to a name that is not taken; warn if that is impossible."""
+def classes_cut_short(data: AudioDataset) -> list[str]:
+    """The classes that lose more than a tenth of their clips because these are too short, with numbers."""
+    lost = Counter()
+    total = Counter()
+    for line, n_samples in enumerate(data.manifest.n_samples.tolist()):
+        for label in labels_of(data.manifest.fields(line)):
+            total[label] += 1
+            lost[label] += n_samples < data.min_samples
+    return [f"{label} ({n} of {total[label]})" for label, n in lost.items() if n > total[label] / 10]
+
+
+def write_table(out: str, checkpoint: str, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
+    """Write the average precision of each class, to `out` or else per_class.csv in the run folder or here.
+    If the name is taken, to another; warns if that is impossible."""
+    path = Path(out or checkpoint)
+    if path.is_dir():
+        path = path / "per_class.csv"
+    elif not out:
+        path = Path("per_class.csv")
     rows = [("label", "name", "clips", "average_precision")]
     for (label, name), count, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
         rows.append((label, name, count, f"{value:.6f}"))
-    if os.path.isdir(path):
-        path = path / "per_class.csv"
     try:
         file = open_new(path)
         try:

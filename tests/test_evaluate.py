@@ -661,7 +661,7 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_table(classifier, monkeypatch, 
 
     monkeypatch.setattr(tables, "open", open_full, raising=False)
     model = AudioClassifier.from_pretrained(classifier / "classifier.pt")
-    write_table(classifier / "t.csv", model, torch.tensor([1, 2]), torch.tensor([0.5, 0.25]))
+    write_table(str(classifier / "t.csv"), "", model, torch.tensor([1, 2]), torch.tensor([0.5, 0.25]))
     assert not (classifier / "t.csv").exists()
     assert "WARNING: no table of classes ([Errno 28] No space left" in capsys.readouterr().err
 
@@ -670,7 +670,7 @@ def test_the_table_of_classes_is_read_back(classifier):
     """Names with commas, quotes and other bytes; the counts and scores of each class."""
     classes = {"a": 'Male speech, "man" speaking', "b": "caf\udce9", "c": "two\nlines"}
     model = AudioClassifier(TINY, classes)
-    write_table(classifier / "c.csv", model, torch.tensor([1, 2, 0]), torch.tensor([0.5, 0.25, 0]))
+    write_table(str(classifier / "c.csv"), "", model, torch.tensor([1, 2, 0]), torch.tensor([0.5, 0.25, 0]))
     rows = table_of(classifier / "c.csv")
     assert [row["name"] for row in rows] == list(classes.values())
     assert [row["label"] for row in rows] == list(classes)
@@ -752,12 +752,12 @@ def test_classes_get_the_names_of_a_file(classifier):
     "args, message",
     [
         (["classifier.pt", "unlabelled.tsv"], "has no label"),
-        (["classifier.pt", "unknown.tsv"], "is labelled 'mid', which is no class"),
+        (["classifier.pt", "unknown.tsv"], "has an unknown label: 'mid'"),
         (["classifier.pt", "manifest.tsv", "--classes", "three.txt"], "three.txt does not list the 2 cl"),
         (["classifier.pt", "manifest.tsv", "--classes", "others.txt"], "others.txt does not list the 2 cl"),
         (["classifier.pt", "manifest.tsv", "manifest.tsv", "--block", "9"], "no block 9: the encoder has 2"),
         (["classifier.pt", "manifest.tsv", "manifest.tsv", "--teacher"], "classifier.pt has no teacher"),
-        (["classifier.pt", "manifest.tsv", "unknown.tsv"], "is labelled 'mid', which is no class"),
+        (["classifier.pt", "manifest.tsv", "unknown.tsv"], "has an unknown label: 'mid'"),
         (["classifier.pt", "manifest.tsv", "--teacher"], "are for probes: name two manifests"),
         (["classifier.pt", "manifest.tsv", "--block", "1"], "are for probes: name two manifests"),
         (["classifier.pt", "manifest.tsv", "--pooling", "cls_mean"], "are for probes: name two manifests"),

@@ -171,7 +171,7 @@ def test_broken_links_are_listed(audio, capsys):
     assert [row[0] for row in rows] == ["folder.wav/there.wav", "here.wav"]
     names = ["annexed 0.wav", "annexed 1.wav", "annexed 2.wav", "self.wav"]
     assert bad == [f"{name}\ta broken link" for name in names]
-    assert f"WARNING: {audio}/disk cannot be opened: a link to nothing\n" in capsys.readouterr().err
+    assert f"WARNING: {audio}/disk cannot be opened: a broken link\n" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_says_why(audio):

@@ -599,6 +599,10 @@ def test_the_preset_own_fits_the_checkpoint_and_the_labels(encoder, monkeypatch)
     given = fitted("--data", "several.tsv", "--eval_data", "several.tsv", *flags)
     assert (given.loss, given.clip_frames, given.min_samples) == ("bce_positives", 64, 3)
     assert (given.lr, given.norm_mean, given.norm_std) == (1.0, 1.0, 2.0)
+    for name in ("norm_mean", "norm_std"):  # one of them is given, the other is the checkpoint's
+        given = fitted(f"--{name}", "1")
+        expected = dict(norm_mean=-5.0, norm_std=4.0) | {name: 1.0}
+        assert dict(norm_mean=given.norm_mean, norm_std=given.norm_std) == expected
     assert fitted("--preset", "esc50").clip_frames == 512
     with pytest.raises(InputError, match="a clip of --data or --eval_data has several labels: --loss bce"):
         fitted("--data", "several.tsv", "--eval_data", "several.tsv", "--loss", "ce")
@@ -617,6 +621,20 @@ def test_own_from_scratch_is_a_small_network_at_the_clips_length(folder, monkeyp
     (folder / "manifest.tsv").write_text(text)
     config, train, _, model = open_inputs(parse_config(FinetuneConfig, PRESETS, argv))
     assert (config.clip_frames, model.config.clip_frames, train.data.n_cut) == (1024, 1024, 1)
+
+
+@pytest.mark.parametrize("n_samples, frames", [(20_720, 128), (20_721, 144), (23_280, 144), (400, 16)])
+def test_own_from_scratch_has_the_least_rows_of_patches_that_hold_the_longest_clip(
+    folder, monkeypatch, n_samples, frames
+):  # fmt: skip
+    monkeypatch.chdir(folder)
+    lines = [f"{i}.wav\t{n_samples - i}\t{'low' if i else 'high'}" for i in range(2)]
+    (folder / "two.tsv").write_text("\n".join([str(folder), *lines]))
+    argv = "--preset own --init scratch --data two.tsv --eval_data two.tsv".split()
+    network = MODELS["small"]
+    config = finetune.fit_to_network(parse_config(FinetuneConfig, PRESETS, argv), network)
+    assert config.clip_frames == frames
+    assert clip_samples(frames) >= n_samples > clip_samples(frames - 16)
 
 
 def test_own_keeps_short_clips_and_names_classes_that_lose_theirs(encoder, tune, capsys):
@@ -1107,12 +1125,12 @@ def write_bad_manifests(folder: Path) -> None:
     (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv"),
     (["--data", "unlabelled.tsv"], "unlabelled.tsv: clip 0.wav has no label (third column)"),
     (["--data", "half.tsv"], "half.tsv: clip 1.wav has no label (third column)"),
-    (["--eval_data", "other.tsv"], "other.tsv: clip 0.wav is labelled 'bird', which is no class"),
+    (["--eval_data", "other.tsv"], "other.tsv: clip 0.wav has an unknown label: 'bird'"),
     (["--eval_data", ""], "--eval_data is missing: a labelled manifest"),
-    (["--min_samples", "13000"], "clip 0.wav is labelled 'low', which is no class"),
+    (["--min_samples", "13000"], "manifest.tsv, with --min_samples 13000, has one class only: high"),
     (["--min_samples", "30000"], "manifest.tsv: no clip has the 30000 samples that --min_samples asks for"),
     (["--warmup", "12"], "--warmup 12 must be less than --updates 12"),
-    (["--data", "single.tsv", "--eval_data", "single.tsv"], "single.tsv has one class only: low"),
+    (["--data", "single.tsv", "--eval_data", "single.tsv"], "single.tsv, with --min_samples 1600, has one class only: low"),
     (["--data", "several.tsv"], "a clip of --data or --eval_data has several labels: --loss bce"),
     (["--batch_size", "7", "--mixup", "0.5"], "mixup pairs clips"),
     (["--accumulate", "8", "--mixup", "0.5"], "mixup pairs clips"),
@@ -1135,6 +1153,28 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tune, args, message):
         tune(*TINY, *args)
     assert "\n" not in str(error.value)
     assert not (folder / "run").exists()
+
+
+def test_a_block_is_for_frozen_only(encoder, tune):
+    with pytest.raises(InputError, match="^--block is for --frozen$"):
+        tune("--preset", "own", *FROZEN[3:], "--block", 1)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_frozen_with_another_pooling(two_sets, tune, pooling):
+    """The classifier is the logistic regression of what is pooled so."""
+    assert tune(*FROZEN, "--pooling", pooling, "--block", 1) == 0
+    model = AudioClassifier.from_pretrained(two_sets / "run")
+    assert model.pooling == pooling
+    data, targets, _ = open_labelled(two_sets / "manifest.tsv", 96)
+    batch = collate([data[i] for i in range(8)], 96)
+    spec = spectrogram(batch.waveform, batch.n_samples, -5.0, 4.0)
+    with torch.no_grad():
+        tokens = model.encoder(spec, n_blocks=1)
+        features = dict(cls=tokens[:, 0], mean=tokens[:, 1:].mean(1))[pooling]
+        weight, bias = evaluate.fit_linear(features, targets)
+        expected = torch.nn.functional.linear(features, weight, bias)
+        torch.testing.assert_close(model(spec), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_diverged_network_is_told_in_one_line(folder, script):

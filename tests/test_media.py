@@ -99,7 +99,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path, capsys):
     found = find_audio(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["real/b.wav", "shown/a.wav"]
     said = capsys.readouterr().err
-    assert "gone cannot be opened: a link to nothing" in said
+    assert "gone cannot be opened: a broken link" in said
     assert "left out: " in said
 
 
