@@ -476,8 +476,6 @@ class WholeFile:
             said.append(f"claims {claimed:.2f} s, {decoded:.2f} s can be decoded")
         if self.damaged:
             said.append(f"{self.damaged / self.rate:.2f} s are damaged")
-        if self.readable < self.decoded:
-            said.append(f"only `prepare.py pack` reads what follows {self.readable / self.rate:.2f} s")
         return "; ".join(said)
 
 
@@ -581,6 +579,9 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
                 pass
         remark = whole.remark()
         seconds = whole.readable / whole.rate
+        if whole.readable < whole.decoded:
+            pieces = f"only `prepare.py pack` reads what follows {seconds:.2f} s"
+            remark = f"{remark}; {pieces}".removeprefix("; ")
         n_samples = whole.readable * SAMPLE_RATE // whole.rate
         is_broken = whole.is_broken
         if whole.missed > LEFT_OVER + 0.02 * seconds:
@@ -642,11 +643,3 @@ def stream(path: str | os.PathLike, width: int, hop: int = 0) -> Iterator[tuple[
         remark = whole.remark()
     if remark:
         yield torch.empty(0), remark
-
-
-def silence_libraries() -> None:
-    """Let only Python write to stderr: libmpg123 warns there of much that is harmless, and names no file."""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    os.close(nothing)

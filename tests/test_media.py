@@ -733,12 +733,12 @@ def test_a_piece_deep_in_a_long_file_is_called_slow_once(av, tmp_path, capsys):
 def test_warnings_of_libraries_are_kept_from_stderr_and_those_of_python_are_not(tmp_path):
     data = mp3(20)
     (tmp_path / "x.mp3").write_bytes(data[:100_000])
-    path = str(tmp_path / "x.mp3")
-    code = f"import soundfile, sys; soundfile.info({path!r}); print('mine', file=sys.stderr)"
-    quiet = "from extras.media import silence_libraries; silence_libraries(); "
-    loud = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    code = f"import soundfile, sys\ndef main():\n soundfile.info({str(tmp_path / 'x.mp3')!r})\n"
+    code += " print('mine', file=sys.stderr)\n return 0\n"
+    loud = subprocess.run([sys.executable, "-c", f"{code}main()"], capture_output=True, text=True, cwd=ROOT)
     assert "arning" in loud.stderr and "mine" in loud.stderr
-    done = subprocess.run([sys.executable, "-c", quiet + code], capture_output=True, text=True, cwd=ROOT)
+    quiet = f"{code}from evaluate import run_script\nrun_script(main)"
+    done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == "mine\n"
 
 
