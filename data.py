@@ -91,7 +91,7 @@ def hann_window(device: torch.device) -> Tensor:
     return torch.hann_window(FRAME_LENGTH, periodic=False, device=device)
 
 
-for table in (mel_filters, hann_window):  # an export would cache its own tensors, without numbers
+for table in (mel_filters, hann_window):  # fill the caches: an export would put tensors without data there
     table(torch.device("cpu"))
 
 
@@ -174,9 +174,9 @@ def resample(waveform: Tensor, rate: int) -> Tensor:
 
 
 def safe_seek(file, frame: int) -> int:
-    """Where to seek so that `frame` is decoded exactly as when the whole file is read.
-    An mp3 frame takes bits from those before it: 511 bytes at most, or 255 below 32 kHz, where a stereo frame
-    of 576 samples may add as little as 3 bytes. libsndfile misses a seek into the last page of Vorbis."""
+    """Where to start decoding so that the samples from `frame` on equal those of the whole file.
+    An mp3 frame may use up to 511 bytes of the frames before it, or 255 below 32 kHz, where a frame of 576
+    samples may have as few as 3. libsndfile cannot seek exactly in the last page of Vorbis, below 10 s."""
     if "MPEG" in file.subtype:  # in mp3 files, or inside wav
         return max(0, frame - (16_384 if file.samplerate >= 32_000 else 65_536))
     if file.subtype == "VORBIS":
@@ -196,7 +196,7 @@ def load_audio(
         rate = whole_rate(file.samplerate)
         if min(n_samples, file.frames * SAMPLE_RATE // rate) >= MAX_SAMPLES:
             raise InputError(f"claims {file.frames / rate / 3600:.0f} hours: its header is wrong, convert it")
-        # Read also what the filter reaches, from where its phase is as in the whole file
+        # Read what the filter reaches, too, and begin where its phase is as in the whole file
         period = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)
         begin = max(0, start - FILTER_REACH) // period * period
         first = min(begin * rate // SAMPLE_RATE, file.frames)
@@ -398,7 +398,7 @@ class Labelled(NamedTuple):
     """A labelled data set, one item a clip."""
 
     data: AudioDataset
-    targets: Tensor  # (n, C) bool
+    targets: Tensor  # (n, K) bool, K classes
     classes: dict[str, str]  # label -> name
 
 
@@ -413,13 +413,13 @@ def open_labelled(
         classes = {label: label for label in sorted(set(itertools.chain(*labels)))}
     index = {label: i for i, label in enumerate(classes)}
     targets = torch.zeros(len(data), len(classes), dtype=torch.bool)
-    for item, own in enumerate(labels):
-        if not own:
+    for item, found in enumerate(labels):
+        if not found:
             raise InputError(f"{source}: {data.name(item)} has no label (third column)")
-        unknown = set(own) - index.keys()
+        unknown = set(found) - index.keys()
         if unknown:
             raise InputError(f"{source}: {data.name(item)} has an unknown label: {min(unknown)!r}")
-        targets[item, [index[label] for label in own]] = True
+        targets[item, [index[label] for label in found]] = True
     return Labelled(data, targets, classes)
 
 
@@ -495,8 +495,8 @@ def build_loader(
     def read(items: list[int]) -> Batch:
         return collate([data[item] for item in items], data.n_frames)
 
-    # One OpenMP thread for each loader thread, or the resampler starts a team in each. get_num_threads comes
-    # first, because it fixes this thread's number, which would else be the one that is set last
+    # One OpenMP thread in each loader thread, or the resampler would start a team in each. get_num_threads
+    # first: it makes this thread keep its own number, which the threads' set_num_threads would change
     torch.get_num_threads()
     pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
     waiting = collections.deque()

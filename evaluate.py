@@ -44,7 +44,7 @@ except ImportError:  # Windows: run folders are not locked
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision of each class, as scikit-learn's: (n, C) scores, (n, C) 0 or 1 -> (C,) float64.
+    """Average precision of each class, as scikit-learn's: (n, K) scores, (n, K) 0 or 1 -> (K,) float64.
     The mean, over a class's positives, of the precision among the clips that score at least as high. A class
     without positives has 0. Raises ValueError for scores that are not finite."""
     if scores.shape != targets.shape or scores.ndim != 2 or not scores.isfinite().all():
@@ -60,12 +60,12 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def has_one_class(targets: Tensor) -> bool:
-    """Whether every clip of targets (n, C) has exactly one class."""
+    """Whether every clip of targets (n, K) has exactly one class."""
     return bool((targets.sum(1) == 1).all())
 
 
 def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
-    """All metrics of (n, C) scores, and the average precision of each class (C,).
+    """All metrics of (n, K) scores, and the average precision of each of K classes (K,).
     mAP counts classes without positives as 0, as scikit-learn and the released code do. AUC is the mean over
     the classes that have both; d-prime, unless infinite, the distance of two unit normal distributions with
     that AUC. Accuracy, of the highest score, if every clip has one class."""
@@ -119,10 +119,10 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """Apply a function to every item of a data set once: each process to its share of them, all get all the
     results. Raises InputError if none can be read."""
-    own = torch.arange(len(data))
+    share = torch.arange(len(data))
     if dist.is_initialized():
-        own = own.tensor_split(dist.get_world_size())[dist.get_rank()]
-    batches = [batch.tolist() for batch in own.split(batch_size) if len(batch)]
+        share = share.tensor_split(dist.get_world_size())[dist.get_rank()]
+    batches = [batch.tolist() for batch in share.split(batch_size) if len(batch)]
     loader = build_loader(data, batches, workers, timeout)
     values = []
     items = []
@@ -169,7 +169,7 @@ def pooled(encoder: Encoder, pooling: str = "bands", block: int = 0) -> Function
 
 
 def fit_linear(x: Tensor, y: Tensor, decay: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """Logistic regression of classes y (n, C) 0 or 1 on features x (n, D): weight (C, D) and bias (C,).
+    """Logistic regression of classes y (n, K) 0 or 1 on features x (n, D): weight (K, D) and bias (K,).
     Softmax regression if every clip has one class, else one logistic regression a class. Features are
     standardised to fit, which the weights then undo. LBFGS on all clips at once."""
     mean = x.mean(0)
@@ -183,7 +183,7 @@ def fit_linear(x: Tensor, y: Tensor, decay: float = 1e-2) -> tuple[Tensor, Tenso
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        scores = F.linear(x, weight, bias)              # (n, C)
+        scores = F.linear(x, weight, bias)              # (n, K)
         penalty = decay * weight.square().sum()
         if is_single:
             loss = F.cross_entropy(scores, y) + penalty
@@ -193,7 +193,7 @@ def fit_linear(x: Tensor, y: Tensor, decay: float = 1e-2) -> tuple[Tensor, Tenso
         return loss
 
     optimizer.step(closure)
-    weight = weight.detach().double() / std             # (C, D)
+    weight = weight.detach().double() / std             # (K, D)
     bias = bias.detach().double() - weight @ mean.double()
     return weight.float(), bias.float()
 
@@ -232,7 +232,8 @@ def evaluate_classifier(args: argparse.Namespace, device: torch.device) -> None:
     model = load_classifier(args.checkpoint, args.classes).to(device)
     test = open_labelled(args.manifest, model.config.clip_frames, model.classes)
     found = predict(model, test.data, model.config, device, args.workers, timeout=60 * args.timeout)
-    metrics, precision = summarize_scores(found.values, test.targets[found.items])
+    probabilities = model.probabilities(found.values.double())
+    metrics, precision = summarize_scores(probabilities, test.targets[found.items])
     if not is_first():
         return
     print(json.dumps(metrics | dict(unreadable=len(found.problems))))
@@ -284,8 +285,9 @@ def main() -> int:
 
 ABOVE_0 = """mask_block_time mask_block_freq clones batch_size accumulate updates epoch_clips
     log_every save_every save_minutes max_skipped timeout""".split()
-FRACTIONS = """mask_ratio mask_adjust ema_decay ema_decay_end beta1 beta2 label_smoothing drop_path
-    layer_decay mixup_prob specaug_freq specaug_time max_bad_fraction""".split()
+FRACTIONS = """mask_ratio mask_adjust ema_decay ema_decay_end label_smoothing layer_decay mixup_prob
+    specaug_freq specaug_time max_bad_fraction""".split()
+BELOW_1 = "beta1 beta2 drop_path".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -307,16 +309,16 @@ def check_settings(config) -> None:
             continue
         if not 0 <= value < math.inf or (name in ABOVE_0 and value == 0):
             raise InputError(f"--{name} {value} is too small or not finite")
-        if name in FRACTIONS and value > 1:
-            raise InputError(f"--{name} {value} is above 1")
+        if name in FRACTIONS and value > 1 or name in BELOW_1 and value >= 1:
+            raise InputError(f"--{name} {value} is too large")
     if config.warmup >= config.updates:
         raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")
 
 
 def parse_config(cls, presets: dict[str, dict], argv: list[str] | None = None):
     """Command line -> config: flags override the preset, which overrides the defaults. Raises InputError.
-    Warm-ups that are not given keep their share of --updates, and a preset's sets to score on are not for
-    other --data. --help shows every setting with the preset's default and the comment in the source."""
+    Warm-up and ema_anneal scale with --updates unless given; a preset's sets to score on are dropped if
+    --data is given. --help shows every setting with the preset's default and the comment in the source."""
     parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--help", action="store_true")
     parser.add_argument("--preset", choices=presets)
@@ -398,8 +400,8 @@ def distribute(model: nn.Module) -> nn.Module:
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         if not torch.cuda.is_available():
-            # DDP regroups its buckets in the second update after each start. That changes the order of sums,
-            # so that a resumed run would not end with the same bits
+            # By default DDP regroups its buckets in the second update after each start, which changes the
+            # order of sums: a resumed run would not end with the same bits. This does it before the first
             model.reducer._push_all_rebuilt_params()
     return model
 
@@ -428,7 +430,7 @@ def open_run_folder(out_dir: Path) -> tuple[Path | None, IO]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """last.pt, or previous.pt if that is damaged, which is then renamed; None if there never was one."""
+    """last.pt, else previous.pt; None if there is neither. One that is damaged is renamed to .damaged."""
     for path in (folder / "last.pt", folder / "previous.pt"):
         if not path.exists():
             continue
@@ -485,10 +487,10 @@ STOP = StopRequest()
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """Run a script to its exit status. The user's mistakes are told in one line, by one process: the others
-    wait 5 s, in which torchrun ends them. Ends by os._exit: Python would wait for a read that hangs."""
+    """Run a script and exit with its status. The user's mistakes are printed in one line, by one process:
+    the others wait 5 s, in which torchrun ends them. os._exit: Python would wait for a read that hangs."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # any name can be printed
-    if not torch.cuda.is_available() or "WORLD_SIZE" not in os.environ:  # else NCCL says what happened there
+    if not torch.cuda.is_available() or "WORLD_SIZE" not in os.environ:  # else keep NCCL's messages
         # Keep stderr for Python: libmpg123 prints many harmless warnings, without a file name
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -56,8 +56,8 @@ class FinetuneConfig(RunConfig):
     norm_std: float = 4.569  # their standard deviation; values are divided by twice this. 0 = as --init
     min_samples: int = 10_000  # shorter clips are not trained on (released code; samples at 16 kHz)
     # Loss and network
-    loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # by positives; by clips; softmax
-    metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: metric and loss by labels
+    loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # bce / positives, / clips; softmax
+    metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: both from the labels
     pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
     frozen: bool = False  # fit only a linear classifier, by logistic regression
     block: int = 0  # of the encoder, that --frozen classifies; 0 = at 7/12 of the depth
@@ -168,30 +168,30 @@ def draw_parts(
     batches: Iterator[Batch], sampler: ClipSampler, targets: Tensor, config: FinetuneConfig, step: int,
     device: torch.device,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """This process's parts of an update, augmented and mixed: [(spec (B, 1, F, M), targets (B, C) fp32)]."""
+    """This process's parts of an update, augmented and mixed: [(spec (B, 1, F, M), targets (B, K) fp32)]."""
     weight = draw_mixup_weight(config, step)
     parts = []
     for part in range(config.accumulate):
         batch = next(batches)
         rngs = []
-        for clip in sampler.rows(part):
-            rngs.append(np.random.default_rng(seed_of("augment", config.seed, step, clip)))
+        for row in sampler.rows(part):
+            rngs.append(np.random.default_rng(seed_of("augment", config.seed, step, row)))
         waveform = move(batch.waveform, device)                                     # (B, S)
         n_samples = move(batch.n_samples, device)                                   # (B,)
         if config.roll:
-            for row, n, rng in zip(waveform, batch.n_samples.tolist(), rngs):
-                row[:n] = roll_and_gain(row[:n], rng)
+            for clip, n, rng in zip(waveform, batch.n_samples.tolist(), rngs):
+                clip[:n] = roll_and_gain(clip[:n], rng)
         spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)  # (B, 1, F, M)
         if config.noise:
-            for row, rng in zip(spec, rngs):
-                row[:] = add_noise(row, rng)
-        y = move(targets[batch.items], device).float()                              # (B, C)
+            for clip, rng in zip(spec, rngs):
+                clip[:] = add_noise(clip, rng)
+        y = move(targets[batch.items], device).float()                              # (B, K)
         if weight < 1:
             spec = mixup(spec, weight)
             y = mixup(y, weight)
-        for row, rng in zip(spec, rngs):
-            blank_stretch(row, 2, config.specaug_freq, rng)
-            blank_stretch(row, 1, config.specaug_time, rng)
+        for clip, rng in zip(spec, rngs):
+            blank_stretch(clip, 2, config.specaug_freq, rng)
+            blank_stretch(clip, 1, config.specaug_time, rng)
         parts.append((spec, y))
     return parts
 
@@ -200,7 +200,7 @@ def draw_parts(
 
 
 def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
-    """Loss of logits (B, C) for targets (B, C), which may be mixed, summed over clips and classes: fp32.
+    """Loss of logits (B, K) for targets (B, K), which may be mixed, summed over clips and K classes: fp32.
     (models/EAT_audio_classification.py:410-457)"""
     logits = logits.float()
     if config.loss != "ce":
@@ -234,7 +234,7 @@ def train_step(
     however many processes share it."""
     for group in optimizer.param_groups:
         group["lr"] = cosine_lr(step, group["peak_lr"], config.warmup, config.updates, group["min_lr"])
-    targets = torch.cat([y for _, y in parts])                  # (clips of this process, C)
+    targets = torch.cat([y for _, y in parts])                  # (clips of this process, K)
     total = targets.sum()
     if config.loss != "bce_positives":
         total = torch.full_like(total, len(targets))
@@ -247,7 +247,7 @@ def train_step(
         if dist.is_initialized():  # average gradients over processes in the last part only
             model.require_backward_grad_sync = i == len(parts)
         with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
-            logits = model(spec)                                # (B, C)
+            logits = model(spec)                                # (B, K)
         part_loss = world * summed_loss(logits, y, config) / total  # averaging gradients divides by world
         scaler.scale(part_loss).backward()
         loss += part_loss.detach()
@@ -256,12 +256,12 @@ def train_step(
 
 
 def sampling_weights(targets: Tensor) -> Tensor:
-    """How often each clip is drawn so that rare classes are heard: (n, C) -> (n,) float64.
+    """How often each clip is drawn so that rare classes are heard: (n, K) -> (n,) float64.
     The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al.
     2021, github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are
     believed to rest; its own file is not published."""
     clip, label = targets.nonzero().unbind(1)                                # (labels,) of all clips
-    rarity = 1000 / (targets.sum(0).double() + 0.01)                         # (C,)
+    rarity = 1000 / (targets.sum(0).double() + 0.01)                         # (K,)
     weights = torch.zeros(len(targets), dtype=torch.float64)
     return weights.index_add_(0, clip, rarity[label])
 
@@ -325,7 +325,7 @@ def open_inputs(config: FinetuneConfig) -> tuple[FinetuneConfig, Labelled, Label
     except ValueError as error:
         raise InputError(f"--clip_frames: {error}") from None
     head = dict(pooling=config.pooling, exclusive=config.loss == "ce")
-    if config.frozen:  # see fit_linear
+    if config.frozen:  # fit_linear uses softmax if each clip has one class, and so must the head
         block = probe_block(network, config.block)
         head |= dict(exclusive=has_one_class(train.targets), block=block, norm_eps=None)
     elif config.block:
@@ -349,7 +349,7 @@ def train(config: FinetuneConfig) -> int:
 
     # Go on from the newest checkpoint in the run folder, if there is one
     labels = "\n".join(classes).encode(errors="surrogateescape")
-    run.parts = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
+    run.stateful = dict(classifier=classifier, optimizer=optimizer, scaler=run.scaler)
     run.about = dict(network=asdict(classifier.config), head=classifier.head_settings)
     digests = dict(data_digest=data.manifest.digest, eval_digest=test_set.data.manifest.digest)
     digests["classes_digest"] = hashlib.sha256(labels).hexdigest()
@@ -366,7 +366,8 @@ def train(config: FinetuneConfig) -> int:
         classifier.eval()
         found = predict(classifier, test_set.data, classifier.config, device, **run.loading)
         classifier.train()
-        scores, _ = summarize_scores(found.values, test_set.targets[found.items])
+        probabilities = classifier.probabilities(found.values.double())
+        scores, _ = summarize_scores(probabilities, test_set.targets[found.items])
         run.log(step=step, **scores, unreadable=len(found.problems))
         run.add("bad_files.tsv", found.problems)
         new = [scores["clips"], scores[config.metric], step]  # a score on fewer clips never wins
@@ -376,11 +377,11 @@ def train(config: FinetuneConfig) -> int:
 
     if config.frozen:
         fit_head(classifier, train_set, run)
-        run.save("last.pt", config.updates, run.parts)
+        run.save("last.pt", config.updates, run.stateful)
         run.say(f"done: {config.metric} {evaluate(config.updates):.4f}: {run.out_dir}")
         return 0
 
-    # Of every update this process reads its share
+    # This process's share of every update
     weights = sampling_weights(targets) if config.weighted else None
     sampler = run.sampler(data, weights, config.epoch_clips)
     batches = run.load(data, sampler)
@@ -398,12 +399,12 @@ def train(config: FinetuneConfig) -> int:
             evaluate(step)
 
         parts = draw_parts(batches, sampler, targets, config, step, device)
-        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))
+        torch.manual_seed(seed_of("drop_path", config.seed, step, run.rank))  # other processes draw others
         out = train_step(model, optimizer, run.scaler, parts, step, config, run.amp)
         run.history.append(torch.stack([out["loss"], out["grad_norm"]]))
 
         step += 1  # from here on: completed updates
-        if step == 1 or step % config.log_every == 0 or step == config.updates:
+        if step in (1, 3) or step % config.log_every == 0 or step == config.updates:
             lr = max(group["lr"] for group in optimizer.param_groups)
             epoch = step * config.batch_size / sampler.epoch_items
             run.log_training(step, ("loss", "grad_norm"), lr=lr, epoch=epoch)

@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         x = self.patch_embed(spec)                                        # (B, D, H, W)
         H, W = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                  # (B, N, D)
-        dtype = x.dtype  # of autocast, restored after the norm; fp32 until then
+        dtype = x.dtype  # of autocast; fp32 from here to the norm
         pos_embed = sincos_2d(H, W, self.config.width, x.device)          # (N, D)
         x = x + pos_embed.to(self.cls_token)                              # (B, N, D)
         if ids_keep is not None:
@@ -363,8 +363,8 @@ def pool(tokens: Tensor, spec: Tensor, config: ModelConfig, pooling: str) -> Ten
         return patches.mean(1)                                     # (B, D)
     H, W = config.grid(spec.shape[2])
     patches = patches.unflatten(1, (H, W))                         # (B, H, W, D)
-    n_steps = (spec[..., 1:] != spec[..., :-1]).sum(3)             # (B, 1, F) between mel bins
-    is_sound = (n_steps > 2).float()                               # SpecAugment's blank band makes two
+    n_steps = (spec[..., 1:] != spec[..., :-1]).sum(3)             # (B, 1, F), from bin to bin
+    is_sound = (n_steps > 2).float()                               # silence has 0, or 2 by SpecAugment
     share = F.avg_pool1d(is_sound, config.patch_size)[:, 0]        # (B, H) of each row of patches
     least = share.amax(1, keepdim=True).clamp(max=0.5)             # (B, 1): at least one row is used
     weight = (share >= least).float()[:, :, None, None]            # (B, H, 1, 1)
@@ -445,7 +445,7 @@ def refusing(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, pickle and torch raise many types for bad files
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT, None):
-            raise  # those three come from wrong offsets in the file
+            raise  # the other three come from wrong offsets in a damaged file
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise OSError(errno.ENOMEM, "not enough memory", str(path)) from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -472,9 +472,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def read_pretrained(path: str | Path) -> dict:
     """What a checkpoint holds: `network`, `student` and `teacher` or `classifier` and `head`; and its `path`.
-    Takes a run folder (its best.pt or else last.pt) or a .pt file. extras/released.py reads other formats:
+    Takes a run folder (its best.pt, else last.pt) or a .pt file. extras/released.py reads other formats:
     released fairseq files and Hugging Face folders. Raises CheckpointError."""
-    for name in ("best.pt", "last.pt"):
+    for name in ("best.pt", "last.pt", "previous.pt"):
         if os.path.isfile(os.path.join(path, name)):
             path = os.path.join(path, name)
             break

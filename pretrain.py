@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=4 pretrain.py --data train.tsv     the paper's setup
 
 The run folder `--out_dir` gets config.json, log.jsonl, bad_files.tsv, last.pt and the checkpoint before it,
-previous.pt. The same command started again goes on from there. What is random in update `step`, which counts
-completed updates, is drawn from (seed, step, clip): the run is the same for any number of processes. Read
-`train_step` and `train` first. Citations such as EAT_pretraining.py:364 as in model.py.
+previous.pt. The same command resumes the run. Random numbers depend on the seed and on what they are for: the
+order of clips on the epoch, masks on the update, noise on the update and the clip's row in its batch. So the
+run is the same for any number of processes. `step` counts completed updates. Citations: see model.py.
 """
 
 import contextlib
@@ -54,10 +54,10 @@ class RunConfig:
     compile: bool = False  # torch.compile the networks
     workers: int = 4  # loader threads of a process
     seed: int = 1  # seed of everything random
-    log_every: int = 100  # updates between log lines
+    log_every: int = 100  # updates between log lines; the first and third are logged, too
     save_every: int = 10_000  # updates between checkpoints (released code)
-    save_minutes: float = 10.0  # minutes between checkpoints at most
-    max_bad_fraction: float = 0.05  # stop if more of the clips read than this cannot be used
+    save_minutes: float = 10.0  # save at least this often, in minutes
+    max_bad_fraction: float = 0.05  # stop if a larger fraction of the clips cannot be used
     max_skipped: int = 50  # stop after so many updates in a row whose gradient is not finite
     timeout: float = 10.0  # minutes after which a process that hangs ends the job
 
@@ -156,13 +156,13 @@ def draw_masks(config: PretrainConfig, step: int, device: torch.device) -> Tenso
     return inverse_block_mask(n, grid, config.mask_ratio, block, config.mask_adjust, generator, device)
 
 
-def draw_noise(config: PretrainConfig, step: int, clips: range, device: torch.device) -> Tensor:
-    """What the decoder sees at masked places, for some clips of an update: (len(clips) * C, N, D)."""
+def draw_noise(config: PretrainConfig, step: int, rows: range, device: torch.device) -> Tensor:
+    """What the decoder sees at masked places, for some rows of an update's batch: (len(rows) * C, N, D)."""
     H, W = MODELS[config.model].grid(config.clip_frames)
     shape = (config.clones, H * W, MODELS[config.model].width)
     noise = []
-    for clip in clips:
-        generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, step, clip))
+    for row in rows:
+        generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, step, row))
         noise.append(torch.randn(shape, generator=generator, device=device))
     return torch.cat(noise).mul_(config.mask_noise)
 
@@ -177,9 +177,9 @@ def draw_parts(
         waveform = move(batch.waveform, device)                                     # (B, S)
         n_samples = move(batch.n_samples, device)                                   # (B,)
         spec = spectrogram(waveform, n_samples, config.norm_mean, config.norm_std)  # (B, 1, F, M)
-        clips = sampler.rows(part)
-        mask = masks[clips.start * config.clones : clips.stop * config.clones]      # (B*C, N)
-        yield spec, mask, draw_noise(config, step, clips, device)
+        rows = sampler.rows(part)
+        mask = masks[rows.start * config.clones : rows.stop * config.clones]        # (B*C, N)
+        yield spec, mask, draw_noise(config, step, rows, device)
 
 
 def train_step(
@@ -198,7 +198,7 @@ def train_step(
         with torch.autocast(spec.device.type, amp, enabled=amp != torch.float32):
             with torch.no_grad():
                 ffn_outputs = teacher.ffn_outputs(spec)                                     # L x (B, N, D)
-                targets = make_targets(ffn_outputs[-config.target_layers :])                # (B, N, D)
+                targets = make_targets(ffn_outputs[-config.target_layers :])  # 0: all      # (B, N, D)
             ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))   # (B*C, V)
             out = model(spec, mask, ids_keep, targets, noise, config.utterance_weight)
         scaler.scale(out["loss"] / config.accumulate).backward()
@@ -216,7 +216,7 @@ def descend(
     """Clip the gradients and step, unless one of them is not finite; returns their norm before clipping."""
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # 1: fused AdamW skips the update
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # 1: AdamW skips it; for fp16 the scaler decides
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ def train(config: PretrainConfig) -> int:
         probe_sets = open_probe_sets(config.probe_train, config.probe_test, config.clip_frames)
 
     # Go on from the newest checkpoint in the run folder, if there is one
-    run.parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
+    run.stateful = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
     run.about = dict(network=asdict(student.config))
     run.resume(MAY_CHANGE, data_digest=data.manifest.digest)
     run.say(f"{config.data}: {len(data):,} pieces; {len(data.too_short)} clips are too short")
@@ -258,11 +258,13 @@ def train(config: PretrainConfig) -> int:
 
     def run_probe(step: int) -> None:
         if probe_sets:
-            function = pooled(student.encoder, "cls_mean", student.config.depth)  # where most changes
+            function = pooled(student.encoder, "cls_mean", student.config.depth)  # after the last block
             run.log(step=step, **probe(function, student.config, *probe_sets, device, **run.loading))
 
+    if run.start == 0:
+        run_probe(0)
     for step in run.steps():
-        if step == 0 or (config.probe_every and step % config.probe_every == 0):
+        if step and config.probe_every and step % config.probe_every == 0:
             run_probe(step)
 
         parts = draw_parts(batches, sampler, config, step, device)
@@ -270,7 +272,7 @@ def train(config: PretrainConfig) -> int:
         run.history.append(torch.stack([out[name] for name in LOGGED]))
 
         step += 1  # from here on: completed updates
-        if step == 1 or step % config.log_every == 0 or step == config.updates:
+        if step in (1, 3) or step % config.log_every == 0 or step == config.updates:
             mask = out["mask"]  # (B*C, N)
             target_std = spread(out["targets"].repeat_interleave(config.clones, 0)[mask])
             pred_std = spread(out["pred"][mask].float())
@@ -278,7 +280,7 @@ def train(config: PretrainConfig) -> int:
                 step, LOGGED, epoch=step * config.batch_size / len(data), lr=optimizer.param_groups[0]["lr"],
                 ema_decay=ema_decay(step, config), target_std=target_std, pred_std=pred_std,
             )  # fmt: skip
-            if step > config.warmup and not (target_std > 0.1 and pred_std > 0.01):  # as released
+            if step > config.warmup and not (target_std > 0.1 and pred_std > 0.01):  # released limits; or nan
                 run.warn("the features have collapsed (see target_std)", config.stop_on_collapse)
         run.save_or_stop(step)
     if not run.stopped:
@@ -302,8 +304,8 @@ def open_networks(config: PretrainConfig) -> tuple[EAT, Encoder]:
     if config.init:
         initial = EAT.from_pretrained(config.init)
         with refusing(config.init):  # it may be of another size
-            for own, other in zip((student, teacher), initial):
-                own.load_state_dict(other.state_dict())
+            for network, other in zip((student, teacher), initial):
+                network.load_state_dict(other.state_dict())
     return student, teacher
 
 
@@ -313,7 +315,7 @@ SHOWN = "step loss lr clips_per_s minutes_left probe_linear mAP accuracy".split(
 
 
 class Run:
-    """What every training has. The first process writes; all of them call resume, log_training and steps."""
+    """What every training has. Process 0 writes; all call resume, log_training and save_or_stop together."""
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -322,9 +324,9 @@ class Run:
         self.amp = pick_precision(config.amp, self.device)
         is_fp16 = self.amp == torch.float16
         self.scaler = GradScaler(self.device.type, 128.0, growth_interval=4096, enabled=is_fp16)
-        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: before others give up
+        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: less than others
         self.settings = {}
-        self.parts = {}  # what a checkpoint holds: networks, optimizer ...
+        self.stateful = {}  # what a checkpoint holds: networks, optimizer ...
         self.about = {}  # and plain values
         self.lock = None
         self.start = 0  # updates that were made before this process started
@@ -370,12 +372,12 @@ class Run:
         if path:
             state = load_checkpoint(path)
             for name, value in self.settings.items():
-                old = state["settings"].get(name)
+                old = state.get("settings", {}).get(name)
                 if old != value and name not in may_change:
                     change = f"{name} was {old}, now {value}"
                     raise InputError(f"{self.out_dir} is another run ({change}): choose another --out_dir")
             with refusing(path):
-                for name, part in self.parts.items():
+                for name, part in self.stateful.items():
                     part.load_state_dict(state[name])
         self.start = state["step"]
         self.say(f"{self.out_dir}, from update {self.start}: {self.world} x {self.device.type}, {self.amp}")
@@ -389,21 +391,17 @@ class Run:
         """The numbers of the updates left to make, until all are made or the processes agree to stop."""
         STOP.handle(STOP.note)
         start = self.start
-        updates = self.config.updates
+        end = self.config.updates
         self.logged_at = time.perf_counter()
-        for step in tqdm(range(start, updates), initial=start, total=updates, disable=self.rank > 0 or None):
-            begin = time.perf_counter()
+        for step in tqdm(range(start, end), initial=start, total=end, disable=self.rank > 0 or None):
             yield step
-            if step == start + 2:  # the first ones are slower
-                took = time.perf_counter() - begin
-                self.say(f"an update takes {took:.2f} s: {took * (updates - step) / 3600:.1f} hours to go")
             if self.stopped:
                 self.say(f"update {step + 1}: {self.reason}")
                 break
         STOP.handle(signal.SIG_DFL)
 
     def save_or_stop(self, step: int) -> None:
-        """Let the processes agree whether to stop (sets `stopped`); save if they do, or if it is time."""
+        """Agree on whether to stop (sets `stopped`). Save if it is time or a signal (128 + number) stops."""
         if STOP.number:
             self.status = 128 + STOP.number  # as in shells
             self.reason = f"stopped by {signal.Signals(STOP.number).name}; the same command resumes"
@@ -414,7 +412,7 @@ class Run:
         config = self.config
         is_time = time.monotonic() > self.saved_at + 60 * config.save_minutes
         if is_time or step % config.save_every == 0 or step == config.updates or self.stopped > 128:
-            self.save("last.pt", step, self.parts)
+            self.save("last.pt", step, self.stateful)
             self.saved_at = time.monotonic()
 
     def warn(self, problem: str, stop: bool = False) -> None:
@@ -511,6 +509,8 @@ class Run:
             with open(self.out_dir / name, "ab+") as file:  # names of files may hold any bytes
                 file.seek(0)
                 old = set(file.read().split(b"\n"))
+                if b"" not in old:  # a full disk cut the last line
+                    file.write(b"\n")
                 file.writelines(line + b"\n" for line in map(os.fsencode, lines) if line not in old)
         except OSError as error:
             self.warn(f"could not write to {self.out_dir / name}: {error}")

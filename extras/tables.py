@@ -75,11 +75,10 @@ def classes_cut_short(data: AudioDataset) -> list[str]:
 def write_table(out: str, checkpoint: str, model: AudioClassifier, counts: Tensor, precision: Tensor) -> None:
     """Write the average precision of each class, to `out` or else per_class.csv in the run folder or here.
     If the name is taken, to another; warns if that is impossible."""
-    path = Path(out or checkpoint)
-    if path.is_dir():
-        path = path / "per_class.csv"
-    elif not out:
-        path = Path("per_class.csv")
+    place = out or checkpoint
+    path = Path(out or "per_class.csv")
+    if os.path.isdir(place):
+        path = Path(place, "per_class.csv")
     rows = [("label", "name", "clips", "average_precision")]
     for (label, name), count, value in zip(model.classes.items(), counts.tolist(), precision.tolist()):
         rows.append((label, name, count, f"{value:.6f}"))

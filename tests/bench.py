@@ -116,7 +116,7 @@ def make(config: pretrain.PretrainConfig, student: EAT, teacher: Encoder) -> pre
     student.to(DEVICE)
     teacher.to(DEVICE).eval().requires_grad_(False)
     optimizer = run.optimizer(student.parameters())
-    run.parts = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
+    run.stateful = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=run.scaler)
     if config.compile:
         student.compile()
         teacher.ffn_outputs = torch.compile(teacher.ffn_outputs)
@@ -125,7 +125,7 @@ def make(config: pretrain.PretrainConfig, student: EAT, teacher: Encoder) -> pre
 
 def update(run: pretrain.Run, parts) -> None:
     """One update of pre-training."""
-    student, teacher, optimizer, scaler = run.parts.values()
+    student, teacher, optimizer, scaler = run.stateful.values()
     pretrain.train_step(student, teacher, optimizer, scaler, parts, 1, run.config, run.amp)
 
 
@@ -141,14 +141,14 @@ def draw_part(config: pretrain.PretrainConfig, device: torch.device) -> tuple[Te
 def bench_update(run: pretrain.Run, runs: int) -> Numbers:
     """One update, its pieces, and what two promises of a run cost."""
     part = draw_part(run.config, DEVICE)
-    flops = sum(update_flops(run.config, run.parts["student"].config).values())
+    flops = sum(update_flops(run.config, run.stateful["student"].config).values())
     numbers = rate_of(partial(update, run, [part]), run.config.batch_size, flops, run.amp, runs)
     for name, seconds in bench_pieces(run, *part, runs).items():
         numbers[f"  {name} (s)"] = seconds
     norm = torch.ones((), device=DEVICE)
     finite = median_seconds(lambda: (~norm.isfinite()).float(), 100, 10)
     with tempfile.TemporaryDirectory() as folder:
-        state = {name: part.state_dict() for name, part in run.parts.items()}
+        state = {name: part.state_dict() for name, part in run.stateful.items()}
         save = median_seconds(partial(save_checkpoint, Path(folder, "last.pt"), **state), 3)
     promise = "promise: checkpoint every --save_every, share of the update"
     numbers[promise] = save / run.config.save_every / numbers["update (s)"]
@@ -159,7 +159,7 @@ def bench_update(run: pretrain.Run, runs: int) -> Numbers:
 def bench_pieces(run: pretrain.Run, spec: Tensor, mask: Tensor, noise: Tensor, runs: int) -> Numbers:
     """Seconds of the pieces of an update."""
     config = run.config
-    student, teacher, optimizer, scaler = run.parts.values()
+    student, teacher, optimizer, scaler = run.stateful.values()
     waveform = torch.randn(len(spec), data.clip_samples(config.clip_frames), device=DEVICE)
     n_samples = torch.full((len(spec),), waveform.shape[1], device=DEVICE)
     ids_keep = visible_ids(mask, count_visible(mask.shape[1], config.mask_ratio))

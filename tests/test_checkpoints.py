@@ -454,6 +454,23 @@ def test_a_checkpoint_of_half_size(tmp_path, dtype):
             assert torch.equal(weight, whole.get_parameter(name).to(dtype).float())
 
 
+def test_a_run_folder_with_its_previous_checkpoint_only(tmp_path):
+    """What a kill between the two renames of a save leaves behind, or a damaged last.pt."""
+    config = MODELS["tiny"]
+    for name in ("previous.pt", "last.pt", "best.pt"):
+        model = AudioClassifier(config, {"a": name, "b": "B"})
+        state = dict(network=dataclasses.asdict(config), head=model.head_settings)
+        save_checkpoint(tmp_path / name, step=1, classifier=model.state_dict(), **state)
+        assert AudioClassifier.from_pretrained(tmp_path).classes["a"] == name
+
+
+def test_opening_a_checkpoint_needs_no_compiler():
+    """torch initialises tensors on "meta" by its compiler, whose import takes seconds."""
+    code = "import sys, model; model.Encoder.from_pretrained(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, ROOT / "extras" / "runs" / "laptop" / "encoder.pt"]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
+
+
 def test_round_trip_of_a_pretraining_run(folder, script):
     """Student and teacher come out of the released layouts bit for bit, and training goes on from them."""
     args = "--model tiny --clip_frames 64 --mask_block_time 2 --mask_block_freq 2 --clones 2".split()

@@ -506,7 +506,7 @@ def test_scores_are_those_of_the_networks_outputs(classifier, called):
         spec = spectrogram(waveform[None], n_samples, TINY.norm_mean, TINY.norm_std)
         with torch.no_grad():
             outputs.append(model(spec)[0])
-    scores = torch.stack(outputs).numpy()
+    scores = torch.stack(outputs).double().softmax(1).numpy()
     is_low = np.arange(8) < 4
     targets = np.stack([is_low, ~is_low], 1)
     assert one["mAP"] == pytest.approx(average_precision_score(targets, scores), abs=1e-9)
@@ -646,6 +646,20 @@ def test_a_folder_of_checkpoints_that_cannot_be_written(classifier, called, monk
     result = called(evaluate, "run", "manifest.tsv", "--workers", 0, "--out", "table.csv")
     assert last_line(result.stderr) == "each class: table.csv"
     assert [row["label"] for row in table_of(classifier / "table.csv")] == ["low", "high"]
+
+
+def test_exclusive_classes_are_ranked_by_their_probabilities(classifier, called):
+    """A clip's logits may all be higher than another's, and the probability of a class lower."""
+    scored = json.loads(called(evaluate, "classifier.pt", "manifest.tsv", "--workers", 0).stdout)
+    model = AudioClassifier.from_pretrained(classifier / "classifier.pt")
+    data, targets, _ = open_labelled(classifier / "manifest.tsv", 96, model.classes)
+    logits = evaluate.predict(model, data, model.config, torch.device("cpu")).values
+    precision = average_precision_score(targets.numpy(), logits.softmax(1).numpy(), average=None)
+    assert scored["mAP"] == pytest.approx(precision.mean(), abs=1e-6)
+    wrong = average_precision_score(targets.numpy(), logits.numpy(), average=None)
+    assert abs(wrong.mean() - precision.mean()) > 0.01
+    rows = table_of(classifier / "per_class.csv")
+    assert [float(row["average_precision"]) for row in rows] == pytest.approx(list(precision), abs=1e-5)
 
 
 def test_a_disk_that_is_full_leaves_no_part_of_a_table(classifier, monkeypatch, capsys):

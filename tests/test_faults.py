@@ -657,6 +657,18 @@ def test_a_run_goes_on_whatever_its_log_holds(tmp_path, train):
             assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
 
 
+def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = pretrain.Run(pretrain.PretrainConfig(data="x.tsv", out_dir="."))
+    run.log(step=1)
+    with open("log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    run.log(step=3)
+    run.log(step=4)
+    lines = ['{"step": 1}', '{"step": 2, "lo', '{"step": 3}', '{"step": 4}']
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
+
+
 def test_a_run_that_begins_anew_begins_its_log_anew(tmp_path, train):
     """What is left of a run that was killed before its first checkpoint."""
     args = [*RUN, "--updates", 2, "--warmup", 1, "--out_dir", "run"]
@@ -881,8 +893,9 @@ def test_an_update_without_a_finite_gradient_is_skipped_and_too_many_stop_the_ru
     monkeypatch.setattr(pretrain, "descend", lambda *args: real(*args) * next(norms))
     assert train(*args, "--updates", 12, "--max_skipped", 2, "--log_every", 4, "--out_dir", "other") == 0
     log = read_log(tmp_path / "other")
-    assert [line["skipped"] for line in log] == [0, 2, 2, 2]
-    assert all(line["loss"] > 1 for line in log)
+    assert [(line["step"], line["skipped"]) for line in log] == [(1, 0), (3, 1), (4, 1), (8, 2), (12, 2)]
+    assert log[2]["loss"] is None
+    assert all(line["loss"] > 1 for line in log if line["step"] != 4)
 
 
 def wav(n_bytes: int = 32_000, channels: int = 1, rate: int = 16_000, claimed: int | None = None) -> bytes:

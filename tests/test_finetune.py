@@ -1137,7 +1137,7 @@ def write_bad_manifests(folder: Path) -> None:
     (["--accumulate", "3"], "--batch_size 8 does not divide by 1 processes x 3 (--accumulate)"),
     (["--loss", "mse"], "--loss mse: choose from bce_positives, bce, ce"),
     (["--lr", "nan"], "--lr nan is too small or not finite"),
-    (["--mixup_prob", "1.5"], "--mixup_prob 1.5 is above 1"),
+    (["--mixup_prob", "1.5"], "--mixup_prob 1.5 is too large"), (["--drop_path", "1"], "--drop_path 1.0 is too large"),
     (["--clip_frames", "12304"], "--clip_frames: expected clip_frames from 1 to 12288, not 12304"),
     (["--clip_frames", "100"], "--clip_frames: expected whole patches of 16"),
     (["--model", "huge"], "--model huge: choose from base"),
