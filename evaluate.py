@@ -67,8 +67,8 @@ def has_one_class(targets: Tensor) -> bool:
 def summarize_scores(scores: Tensor, targets: Tensor) -> tuple[dict, Tensor]:
     """All metrics of (n, K) scores, and the average precision of each of K classes (K,).
     mAP counts classes without positives as 0, as scikit-learn and the released code do. AUC is the mean over
-    the classes that have both; d-prime, unless infinite, the distance of two unit normal distributions with
-    that AUC. Accuracy, of the highest score, if every clip has one class."""
+    the classes that have positives and negatives; d-prime (left out if infinite) is the distance of two unit
+    normal distributions with that AUC. Accuracy takes the highest score, and needs one class per clip."""
     precision = average_precision(scores, targets)
     result = dict(clips=len(scores), classes=scores.shape[1], mAP=precision.mean().item())
     auc = roc_auc(scores, targets).nanmean()
@@ -117,7 +117,7 @@ def predict(
     function: Function, data: AudioDataset, config: ModelConfig, device: torch.device,
     workers: int = 0, batch_size: int = 32, timeout: float = 1800,
 ) -> Predictions:  # fmt: skip
-    """Apply a function to every item of a data set once: each process to its share of them, all get all the
+    """Apply a function to every item of a data set once: each process handles its share, and all get all the
     results. Raises InputError if none can be read."""
     share = torch.arange(len(data))
     if dist.is_initialized():
@@ -170,8 +170,8 @@ def pooled(encoder: Encoder, pooling: str = "bands", block: int = 0) -> Function
 
 def fit_linear(x: Tensor, y: Tensor, decay: float = 1e-2) -> tuple[Tensor, Tensor]:
     """Logistic regression of classes y (n, K) 0 or 1 on features x (n, D): weight (K, D) and bias (K,).
-    Softmax regression if every clip has one class, else one logistic regression a class. Features are
-    standardised to fit, which the weights then undo. LBFGS on all clips at once."""
+    Softmax regression if every clip has one class, else one logistic regression per class. Features are
+    standardised for the fit; the returned weights take raw features. LBFGS on all clips at once."""
     mean = x.mean(0)
     std = x.std(0, correction=0) + 1e-6
     x = (x - mean) / std
@@ -269,7 +269,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=0, help="the block it sees; 0 = at 7/12 of the depth")
     parser.add_argument("--teacher", action="store_true", help="probe the teacher of a pre-training run")
     parser.add_argument("--workers", type=int, default=4, help="loader threads")
-    parser.add_argument("--timeout", type=float, default=30, help="minutes after which what hangs fails")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes until a hang is an error")
     args = parser.parse_args()
     if not args.test and (args.teacher or args.block or args.pooling != "bands"):
         raise InputError("--teacher, --block and --pooling are for probes: name two manifests")

@@ -60,7 +60,7 @@ class FinetuneConfig(RunConfig):
     metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: both from the labels
     pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
     frozen: bool = False  # fit only a linear classifier, by logistic regression
-    block: int = 0  # of the encoder, that --frozen classifies; 0 = at 7/12 of the depth
+    block: int = 0  # encoder block that --frozen classifies; 0 = at 7/12 of the depth
     label_smoothing: float = 0.0  # smoothing of ce without mixup, in training only (released code)
     drop_path: float = 0.1  # rate at which the last block is left out, rising linearly from 0
     layer_decay: float = 0.65  # factor on the learning rate from block to block, downwards (not in the paper)
@@ -71,7 +71,7 @@ class FinetuneConfig(RunConfig):
     specaug_time: float = 0.2  # largest masked part of the frames
     roll: bool = True  # rotate each waveform by a random part of it, with a random gain
     noise: bool = False  # add uniform noise and rotate each spectrogram by up to 10 frames
-    weighted: bool = True  # draw clips so that rare classes are heard
+    weighted: bool = True  # draw clips of rare classes more often
     epoch_clips: int = 200_000  # clips per epoch if weighted
     # Optimisation
     batch_size: int = 96  # clips per update, over all processes
@@ -118,7 +118,7 @@ MAY_CHANGE = """data eval_data out_dir classes accumulate compile workers log_ev
 
 
 # ----- Augmentation ----------------------------------------------------------------------------------------
-# Of single clips, each with its own random numbers, whichever process it is on.
+# Each clip is augmented with its own random numbers, whichever process it is on.
 
 
 def roll_and_gain(waveform: Tensor, rng: np.random.Generator) -> Tensor:
@@ -211,7 +211,7 @@ def summed_loss(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tens
 
 def layer_decay_groups(model: AudioClassifier, config: FinetuneConfig) -> list[dict]:
     """Parameters grouped by peak learning rate: block i of L has lr * layer_decay^(L - i), all else lr.
-    So the last block is below the head by one factor, and patch_embed, CLS token and norms are at the head's
+    So the last block is one factor below the head, while patch_embed, CLS token and norms have the head's
     rate (models/EAT_audio_classification.py:290-344; not in the paper). A group's min_lr is never above
     its peak."""
     groups = {}
@@ -230,8 +230,8 @@ def train_step(
     parts: list[tuple[Tensor, Tensor]], step: int, config: FinetuneConfig, amp: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update; `model` is the classifier or the DistributedDataParallel around it.
-    Returns loss and grad_norm. The loss is that of the whole batch, over its positive labels or its clips,
-    however many processes share it."""
+    Returns loss and grad_norm. The loss is summed over the whole batch and divided by the number of its
+    positive labels or clips, however many processes share it."""
     for group in optimizer.param_groups:
         group["lr"] = cosine_lr(step, group["peak_lr"], config.warmup, config.updates, group["min_lr"])
     targets = torch.cat([y for _, y in parts])                  # (clips of this process, K)
@@ -259,7 +259,7 @@ def sampling_weights(targets: Tensor) -> Tensor:
     """How often each clip is drawn so that rare classes are heard: (n, K) -> (n,) float64.
     The sum over a clip's labels of 1000 / (clips with that label + 0.01): the recipe of AST (Gong et al.
     2021, github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py), on which the released EAT weights are
-    believed to rest; its own file is not published."""
+    believed to be based; their own file is not published."""
     clip, label = targets.nonzero().unbind(1)                                # (labels,) of all clips
     rarity = 1000 / (targets.sum(0).double() + 0.01)                         # (K,)
     weights = torch.zeros(len(targets), dtype=torch.float64)

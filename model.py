@@ -193,7 +193,7 @@ class Encoder(nn.Module):
         self.norm_pre = nn.LayerNorm(D, eps=NORM_EPS)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
-        if not self.cls_token.is_meta:  # else a checkpoint fills them
+        if not self.cls_token.is_meta:  # else a checkpoint provides the weights
             self.init_weights()
 
     def init_weights(self) -> None:
@@ -438,7 +438,7 @@ class CheckpointError(ValueError):
 @contextlib.contextmanager
 def refusing(path: str | Path) -> Iterator[None]:
     """Turn any exception that a damaged or foreign file causes into a CheckpointError of one line.
-    An OSError stays one: a missing permission or memory says nothing about the file."""
+    An OSError stays an OSError: lack of permission or memory says nothing about the file."""
     try:
         yield
     except CheckpointError:

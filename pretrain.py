@@ -46,7 +46,7 @@ DEMO = Path(__file__).resolve().parent / "extras" / "demo"
 @dataclass(frozen=True)
 class RunConfig:
     """What pre-training and fine-tuning have in common."""
-    accumulate: int = 1  # parts that a process divides its clips into, to save memory
+    accumulate: int = 1  # parts into which a process divides its clips, to save memory
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     weight_decay: float = 0.05  # AdamW's, on all parameters (released code)
@@ -89,7 +89,7 @@ class PretrainConfig(RunConfig):
     target_layers: int = 0  # average the teacher's last blocks, 0 = all
     ema_decay: float = 0.9998  # initial decay of the teacher (released code), rising linearly
     ema_decay_end: float = 0.99999  # final decay of the teacher
-    ema_anneal: int = 100_000  # updates to reach it, in proportion to --updates unless given
+    ema_anneal: int = 100_000  # updates to reach ema_decay_end, scaled with --updates unless given
     # Optimisation
     batch_size: int = 48  # clips per update, over all processes
     updates: int = 400_000  # length of the run; 400,000 are 10 epochs of AudioSet
@@ -309,7 +309,7 @@ def open_networks(config: PretrainConfig) -> tuple[EAT, Encoder]:
     return student, teacher
 
 
-# ----- Run: folder, checkpoints, log and end of a training, for finetune.py too; nothing of EAT below ------
+# ----- Run: folder, checkpoints, log and end of a training, for finetune.py too; not specific to EAT -------
 
 SHOWN = "step loss lr clips_per_s minutes_left probe_linear mAP accuracy".split()  # on the console
 
@@ -332,7 +332,7 @@ class Run:
         self.start = 0  # updates that were made before this process started
         self.status = 0  # the exit status that this process asks for, 0 = go on
         self.reason = "another process stops"
-        self.stopped = 0  # of all processes: the exit status
+        self.stopped = 0  # the exit status that all processes agreed on
         self.history = []  # of each update since the last log line: losses and gradient norm
         self.problems = []  # clips replaced since the last log line: file and reason
         self.waited = 0.0  # seconds for clips since the last log line

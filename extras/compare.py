@@ -4,11 +4,11 @@
     python extras/compare.py --init "runs/pre{seed}" --seeds 3 --data train.tsv --eval_data test.tsv ...
     python extras/compare.py --init CKPT --data "train{fold}.tsv" --eval_data "test{fold}.tsv" ...
 
-Every other flag is one of finetune.py's. With --seeds N everything is done N times, and {seed} in --init
-stands for the seed. It is done for each fold, too: {fold} in --data, --eval_data and --init stands for what
-the names of the manifests have in that place, 1 to 5 or 01 to 10. The table has the mean over folds, and over
-seeds mean and standard deviation. When it is stopped, the fine-tuning at work saves; the same command goes
-on. Runs, and the table as table.json, are in --out_dir.
+All other flags are those of finetune.py. --seeds N repeats everything with N seeds; {seed} in --init stands
+for the seed. {fold} in --data, --eval_data and --init stands for a fold as the manifests' names have it, such
+as 1 to 5 or 01 to 10, and everything is done for each. The table has the mean over folds, and mean
+and standard deviation over seeds. If it is stopped, the current fine-tuning saves; the same command resumes.
+Runs, and the table as table.json, are in --out_dir.
 """
 
 import argparse
@@ -43,8 +43,8 @@ FOLD = "{fold}"
 
 
 def find_folds(pattern: str) -> dict[str, str]:
-    """What {fold} stands for in a path, in order -> the file. It is a number, as the name has it, or if there
-    are none, any text; the same wherever {fold} comes twice."""
+    """Each value that {fold} can have in a path, in order -> the file. Values are numbers, as written in the
+    name, or, if there are none, any text. If {fold} occurs twice, both have the same value."""
     parts = pattern.split(FOLD)
     first, *others = map(re.escape, parts)
     form = f"{first}(?P<fold>[^/]+?){'(?P=fold)'.join(others)}"
@@ -107,8 +107,8 @@ def flags_of(config: FinetuneConfig) -> list[str]:
 
 
 def fine_tune(config: FinetuneConfig) -> float:
-    """Score of the last evaluation of a fine-tuning, done or made now. If it fails or is stopped, so does
-    this script, with the same exit status."""
+    """The last score of a fine-tuning, which is run now unless it is done. If it fails or is stopped, this
+    script ends with the same exit status."""
     command = [sys.executable, ROOT / "finetune.py", *flags_of(config)]
     process = subprocess.Popen(command, stderr=sys.stderr)  # run_script has closed its file descriptor 2
 
@@ -142,7 +142,7 @@ def log_mel_statistics(spec: Tensor) -> Tensor:
 
 
 def size_of(checkpoint: str) -> str:
-    """The row of model.MODELS that a checkpoint's network is. Raises InputError if it is none."""
+    """The name in model.MODELS of the network in a checkpoint. Raises InputError if it is none of them."""
     network = read_pretrained(checkpoint)["network"]
     sizes = ("width", "depth", "heads", "mlp_ratio", "patch_size")
     for name, model in MODELS.items():
@@ -223,8 +223,8 @@ def main() -> int:
     """Do what the command line says; returns the exit status."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=1, help="do all this with so many seeds, from --seed on")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what the table has")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds, from --seed on")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows of the table")
     args, rest = parser.parse_known_args()
     config = parse_config(FinetuneConfig, dict(demo=PRESETS["demo"]) | PRESETS, rest)
     if config.init == "scratch":

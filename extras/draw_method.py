@@ -42,6 +42,7 @@ GREY = "#5b6470"
 MASKED = "#d5d9df"
 MAGMA = matplotlib.colormaps["magma"]
 VIRIDIS = matplotlib.colormaps["viridis"]
+RANGE = dict(vmin=-1.3, vmax=1.1)  # of the spectrogram: a clip and its copies have the same colours
 
 figure = plt.figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
 axis = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(HEIGHT, 0))
@@ -143,11 +144,13 @@ def right(x, to, y, color=INK):
     arrow([(x, y), (to, y)], color)
 
 
-def picture(x, y, width, height, image, cmap=VIRIDIS, edge=INK, zorder=2):
+def picture(x, y, width, height, image, cmap=VIRIDIS, edge=INK, zorder=2, vmin=None, vmax=None):
     """An image in a frame, divided into patches; grey where it is masked."""
     axis.imshow(
         image,
         cmap=cmap.with_extremes(bad=MASKED),
+        vmin=vmin,
+        vmax=vmax,
         extent=(x, x + width, y + height, y),
         aspect="auto",
         interpolation="nearest",
@@ -167,7 +170,7 @@ def picture(x, y, width, height, image, cmap=VIRIDIS, edge=INK, zorder=2):
 def draw_teacher(drawn: Drawn) -> None:
     """The upper path: from the clip to its targets."""
     write_bold(240, 62, "a clip: log-mel spectrogram")
-    picture(30, 90, 420, 160, drawn.spec, MAGMA)
+    picture(30, 90, 420, 160, drawn.spec, MAGMA, **RANGE)
     write(240, 276, "10 s: 64 × 8 patches (time × mel)", GREY)
     write(432, 162, "padding", size=9.5, va="center", rotation=90)
     right(450, 508, 170)
@@ -189,8 +192,8 @@ def draw_student(drawn: Drawn) -> None:
     write(80, 446, "16 inverse-\nblock masks,\neach hides 410\nof 512 patches", ha="left")
     for i, mask in enumerate(drawn.masks):
         shown = drawn.spec.masked_fill(enlarge(mask), torch.nan)
-        picture(66 - 12 * i, 600 + 40 * i, 384, 140, shown, MAGMA, zorder=2 + i / 10)
-    write(240, 886, "16 masked copies of the clip", GREY)
+        picture(66 - 12 * i, 600 + 40 * i, 384, 140, shown, MAGMA, zorder=2 + i / 10, **RANGE)
+    write(240, 886, "16 masked copies of the clip (4 shown)", GREY)
     right(450, 508, 730)
     text = "12 blocks see 102\npatches + cls_token"
     box(520, 590, 280, 290, STUDENT, "STUDENT", text, 838)
@@ -206,7 +209,7 @@ def draw_student(drawn: Drawn) -> None:
     right(1185, 1238, 770, DECODER)
     prediction = VIRIDIS(drawn.prediction) * is_masked.numpy()                 # (W, H, 4)
     picture(1250, 690, 485, 160, prediction, edge=DECODER)
-    write_bold(1492, 880, "prediction: masked patches", DECODER)
+    write_bold(1492, 880, "prediction, sketched", DECODER)
 
 
 def draw_losses() -> None:
@@ -220,7 +223,7 @@ def draw_losses() -> None:
     arrow([(800, 622), (1025, 622), (1025, 537)], STUDENT)
     write(915, 600, "cls_token", STUDENT)
     arrow([(1492, 690), (1492, 537)], DECODER)
-    box(865, 405, 320, 120, LOSS, "utterance loss", "(cls_token − mean of Y)²", 482)
+    box(865, 405, 320, 120, LOSS, "utterance loss", "utterance_weight ×\n(cls_token − mean of Y)²", 484)
     text = "(prediction − Y)²\nat the masked patches"
     box(1332, 405, 320, 120, LOSS, "frame loss", text, 484)
     write_bold(1258, 468, "+", LOSS, 24)
@@ -242,8 +245,9 @@ def draw_numbers() -> None:
         (520, 590, STUDENT),
         (865, 655, DECODER),
         (745, 970, LOSS),
+        (660, 340, TEACHER),
     ]
-    for number, (x, y, color) in enumerate(steps, start=1):
+    for number, (x, y, color) in zip((1, 2, 3, 4, 4), steps):
         axis.plot(x, y, "o", color=color, markersize=15, zorder=4)
         write_bold(x, y, str(number), "white", 11, zorder=5)
 

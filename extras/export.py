@@ -1,8 +1,8 @@
 """Checkpoints in the layouts of others, for extras/released.py: a Hugging Face folder and fairseq.pt.
 
 The folder brings its own code (model.py, front_end.py, modeling_eat.py) and computes what the checkpoint
-does. The released layouts have no place for every pooling and norm: where their code would compute something
-else, they are not written.
+does. The released layouts cannot express every pooling and norm: a layout is not written if its code would
+compute something else.
 """
 
 import json
@@ -144,7 +144,7 @@ def numbered(classes: dict[str, str]) -> dict[str, str]:
 
 
 def published_config(state: dict) -> dict:
-    """config.json as published, for the published code. Under "eat" is what it does not need and we do."""
+    """config.json as published, for the published code. "eat" has what only our code needs."""
     network = state["network"]
     head = state.get("head")
     width = network["width"]

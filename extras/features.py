@@ -1,5 +1,5 @@
-"""Features as .npz files, for listen.py: written row by row, so that a day of sound needs little memory; in
-full or not at all, so that a job that was stopped goes on; and with a mark of the settings that made them.
+"""Features as .npz files, for listen.py: written row by row, so that a day of sound needs little memory;
+complete or not at all, so that a stopped job can resume; and marked with the settings that made them.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from evaluate import pooled, predict, probe_block
 from model import Encoder, ModelConfig
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-TEMPORARY = ".features-"  # how the name of a file begins that is being written
+TEMPORARY = ".features-"  # prefix of the name of a file while it is being written
 ABANDONED = 3600  # seconds without a write after which its job must be dead
 
 
 class Rows:
-    """An array that grows row by row, in a temporary file without a name. Raises OSError if it cannot be."""
+    """An array that grows row by row, in an unnamed temporary file. Raises OSError if that fails."""
 
     def __init__(self, folder: Path):
         self.file = tempfile.TemporaryFile(dir=folder)
@@ -91,8 +91,8 @@ def settings_of(encoder: Encoder, block: int, **others) -> dict:
 
 
 def find_features(place: Path, settings: dict) -> dict | None:
-    """What a .npz says of how it was made, None if there is no such file. Raises InputError if the settings
-    were others, OSError if there can be no such file."""
+    """How a .npz says it was made; None if there is no such file. Raises InputError if it was made with other
+    settings, OSError if it cannot be opened."""
     try:
         with zipfile.ZipFile(place) as archive:
             found = json.loads(archive.comment)
@@ -156,14 +156,14 @@ def write_features(
     output: str, files: list[tuple[Path, Path]], settings: dict,
     collect: Callable[[Path, Path], tuple[dict[str, Rows], str]],
 ) -> int:  # fmt: skip
-    """Write the features of each file that has none yet; returns the exit status. `collect` makes them, of a
-    file and a folder for temporary files: (arrays, what is wrong). Raises InputError if features made with
+    """Write the features of each file that has none; returns the exit status. `collect` takes a file and a
+    folder for temporary files, and returns (arrays, what is wrong). Raises InputError if features made with
     other settings are there, or if the disk is full."""
     jobs = []
     for (path, _), place in zip(files, name_places(output, files)):
         own = settings | dict(bytes=size_of(path))
         jobs.append((path, place, own))
-        with contextlib.suppress(OSError):  # told when it is this file's turn
+        with contextlib.suppress(OSError):  # reported when it is this file's turn
             find_features(place, own)
     if os.path.isdir(output):
         remove_abandoned(Path(output))
@@ -191,7 +191,7 @@ def write_features(
         tell_problem(path, problem, is_good)
     said = summarize(len(jobs), n_bad)
     if n_found:
-        said += f", {n_found} were there"
+        said += f", {n_found} were there already"
     print(f"{output}: features of {said}")
     return int(n_bad == len(jobs))
 
@@ -226,7 +226,7 @@ def write_manifest_features(args, encoder: Encoder, device: torch.device) -> int
         raise InputError(f"{place} exists: remove it or choose another name")
     data = AudioDataset(args.inputs[0], encoder.config.clip_frames, segments=False, allow_silence=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: Rows(place.parent) for name in ("features", "labels", "files")}  # tells before the work
+    arrays = {name: Rows(place.parent) for name in ("features", "labels", "files")}  # fails before the work
     function = pooled(encoder, args.pooling, args.block)
     found = predict(function, data, encoder.config, device, args.workers)
     items = found.items.tolist()

@@ -6,9 +6,9 @@ nor this project is installed, and model.pt2, for torch.export.load.
     tokens                      of an encoder: (batch, 1 + N, width), the CLS token, then 8 a row, low to high
     times                       of an encoder: (rows,), seconds at the middle of each row of 160 ms
 
-Any length from one frame (400 samples) to two minutes; others are refused. What is shorter than the clips of
-training is padded to their length, as evaluate.py and listen.py do, and what is longer is taken as a whole,
-not in windows: frames at the end that do not fill a row are left out. The metadata of model.onnx has
+Any length from one frame (400 samples) to two minutes; others are refused. Input shorter than the training
+clips is padded to their length, as evaluate.py and listen.py do; longer input is taken as a whole, not in
+windows. Frames at the end that do not fill a row are left out. The metadata of model.onnx has
 sample_rate, norm_mean, norm_std, clip_seconds and, as JSON, `classes` (names), `labels` (of the manifest) and
 `exclusive` (whether a clip has exactly one).
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, clip_samples, spectrogram
 from model import MAX_PATCH_ROWS, AudioClassifier, CheckpointError, Encoder, read_pretrained
 
-TOLERANCE = 1e-4  # of model.onnx against the model, where that gives more than 1 of that number
+TOLERANCE = 1e-4  # largest error of model.onnx, relative to the largest output if that is above 1
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -42,15 +42,15 @@ class FromSamples(nn.Module):
         self.register_buffer("nothing", torch.zeros(1, dtype=torch.int64))
 
     def excess(self, n_samples: int) -> Tensor:
-        """0, or an index out of bounds, the only error that ONNX has, for lengths that are not accepted."""
+        """0 or, if the length is refused, an index out of bounds: the only error that ONNX can raise."""
         n = torch.full((1,), n_samples)
         excess = torch.maximum(FRAME_LENGTH - n, n - self.most_samples).clamp(min=0)
         return self.nothing.index_select(0, excess)
 
     def pad(self, waveform: Tensor) -> Tensor:
         """Append zeros up to the clip's length, cut what fills no row: (B, S) -> (B, clip_samples(...)).
-        How many rows there are is a number in the graph, not a formula of its sizes: torch.export cannot
-        simplify those that hold a maximum."""
+        The number of rows is a value in the graph, not a formula of its sizes: torch.export cannot simplify
+        formulas that contain a maximum."""
         S = waveform.shape[1]
         own_rows = 1 + (S - clip_samples(self.config.patch_size)) // self.row_samples
         least = self.config.clip_frames // self.config.patch_size
@@ -98,7 +98,7 @@ def write(source: str, folder: Path, onnx: bool, pt2: bool) -> list[str]:
     example = noise(2, clip_samples(model.config.clip_frames))
     written = []
     with torch.no_grad(), quiet():
-        module(example)  # the front end keeps its tables: those of a trace would hold no numbers
+        module(example)  # fills the front end's caches: tables cached in a trace would hold no numbers
         batch = torch.export.Dim("batch")
         samples = torch.export.Dim("samples", min=FRAME_LENGTH, max=module.most_samples)
         shapes = ({0: batch, 1: samples},)

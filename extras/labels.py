@@ -121,9 +121,9 @@ def parsed(text: str) -> object:
 
 
 def labels_in(cell: object, is_list: bool = False) -> list[str]:
-    """The labels in a cell: of a list, also as JSON and Python write it, each; of an object, those of its
-    labels or choices; else the text is one or, with `is_list`, several between `;`, `|` or commas without a
-    space."""
+    """The labels in a cell. A list, also one in JSON or Python syntax, gives all of its items; an object its
+    labels or choices. Other text is one label or, with `is_list`, several, separated by `;`, `|` or commas
+    without a space."""
     if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
         value = parsed(cell.strip())
         if isinstance(value, list | dict):
@@ -222,8 +222,8 @@ def has_titles(rows: list[list[str]], files: Files) -> bool:
 
 
 def file_column(rows: list[list[str]], files: Files, step: int) -> tuple[int, int, int]:
-    """The column that names most files: how many with their suffix, how many in all, minus its number. By the
-    first of each `step` rows."""
+    """The column that names most files: (files named with suffix, files named in all, minus its number). Only
+    every `step`-th row is used."""
     best = (0, 0, 0)
     is_titled = has_titles(rows, files)
     rows = rows[::step]

@@ -1,15 +1,15 @@
 """What do files sound like? The likeliest classes, or an encoder's features; of any length, window by window.
 
-    python extras/listen.py CKPT clip.mp3 folder/            a line a file: its three likeliest classes
+    python extras/listen.py CKPT clip.mp3 folder/            one line per file: its three likeliest classes
     python extras/listen.py CKPT long.mp3 --timeline         what is heard when
     python extras/listen.py CKPT folder/ --csv > found.csv   detections: file, start, end, class, probability
-    python extras/listen.py CKPT folder/ --features DIR      a .npz a file: cls, patches, frames, times
-    python extras/listen.py CKPT x.tsv --features x.npz      a row a clip: features, labels, files
+    python extras/listen.py CKPT folder/ --features DIR      one .npz per file: cls, patches, frames, times
+    python extras/listen.py CKPT x.tsv --features x.npz      one row per clip: features, labels, files
 
 CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as
 the network's clips and lie side by side; with --hop 0.5 one begins every half second, and --timeline and
---csv mark changes as finely. Silent windows have no class. Damage costs the windows in which it lies. A job
-that writes features goes on where it was stopped: the same command skips what is there.
+--csv mark changes as finely. Silent windows have no class. Only windows that contain damage are lost. A job
+that writes features can be stopped and resumed: the same command skips finished files.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from extras.tables import load_classifier  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
 
 SHORTEST_HOP = 0.01  # seconds: a frame
-BATCH_FRAMES = 4096  # in a batch, of 10 ms: more takes memory, and is not quicker
+BATCH_FRAMES = 4096  # 10-ms frames in a batch: more takes memory and is no faster
 
 
 # ----- Windows ---------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ BATCH_FRAMES = 4096  # in a batch, of 10 ms: more takes memory, and is not quick
 
 class Window(NamedTuple):
     """A part of a file as long as the network's clip, and what the network makes of it.
-    One without length tells what is wrong with the file as a whole."""
+    A window of zero length tells what is wrong with the file as a whole."""
 
     begin: float  # seconds
     end: float  # of the sound; what follows is padding
@@ -100,7 +100,7 @@ def find_problem(waveform: Tensor) -> str:
 
 
 def is_silent(waveform: Tensor) -> bool:
-    """Whether nothing is left without the mean, which the network does not see."""
+    """Whether it is silent without its mean, which the network does not see."""
     return bool((waveform - waveform.mean()).abs().max() < SILENCE)
 
 
@@ -159,7 +159,7 @@ def hop_samples(config: ModelConfig, hop: float) -> int:
 
 
 class Report:
-    """What is wrong with a file, by the windows that are heard of it."""
+    """What is wrong with a file, collected from its windows."""
 
     def __init__(self):
         self.n_windows = 0
@@ -170,7 +170,7 @@ class Report:
         self.seconds = 0.0  # length of what was read
 
     def follow(self, windows: Iterable[Window]) -> Iterator[Window]:
-        """The windows that have a length, while they are counted."""
+        """Pass on the windows that have a length, and count them."""
         for window in windows:
             if window.begin == window.end:
                 self.whole = window.problem
@@ -184,7 +184,7 @@ class Report:
             yield window
 
     def problem(self) -> str:
-        """In one line, or ""; once all windows have been followed."""
+        """What is wrong, in one line, or ""; valid once all windows have been followed."""
         said = []
         if self.n_damaged:
             said.append(f"{self.first_damage} ({self.n_damaged} of {self.n_windows} windows not heard)")
@@ -219,7 +219,7 @@ def hear_classes(model: AudioClassifier, path: Path, device: torch.device, hop: 
 
 
 def window_shift(config: ModelConfig, hop: float) -> float:
-    """Seconds from a window's begin to the stretch, as long as the hop, in its middle."""
+    """Seconds from a window's start to its middle stretch, which is as long as the hop."""
     clip = config.clip_frames * FRAME_SHIFT
     return (clip - hop_samples(config, hop)) / 2 / SAMPLE_RATE
 
@@ -385,8 +385,8 @@ def read_command_line() -> argparse.Namespace:
     tags.add_argument("--threshold", type=float, help="least probability of a detection; default 0.5")
     features = parser.add_argument_group("features")
     features.add_argument("--features", default="", help="write features into this folder or .npz")
-    features.add_argument("--block", type=int, default=0, help="whose tokens; 0 = at 7/12 of the depth")
-    features.add_argument("--teacher", action="store_true", help="of a pre-training run, the teacher's")
+    features.add_argument("--block", type=int, default=0, help="block to use; 0 = at 7/12 of the depth")
+    features.add_argument("--teacher", action="store_true", help="use a pre-training run's teacher")
     features.add_argument("--pooling", choices=PROBE_POOLINGS, default="bands", help="of a manifest's clips")
     features.add_argument("--workers", type=int, default=4, help="loader threads for a manifest")
     args = parser.parse_args()

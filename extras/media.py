@@ -8,7 +8,7 @@
     what_is         what a file is that is neither audio nor weights
 
 mp3, Vorbis, Opus and what PyAV reads are counted by decoding, others by their header and a read at the end.
-Sound that a header leaves out shows in the bytes behind what was read: they must be padding, tags or chunks.
+Bytes after what was read are sound that a header leaves out, unless they are padding, tags or chunks.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ FLAC_HEAD = b"fLaC\0\0\0\x22"
 BLOCK = 16_384  # frames decoded at a time
 WARM_UP = 4608  # frames that may be wrong where decoding begins anew in an mp3
 LEFT_OVER = 0.5  # seconds behind the claimed end that need not be sound
-SHORTEST_GAP = 0.5  # seconds: between the times of two packets this much or more is missing sound,
-LONGEST_GAP = 60.0  # and this much a clock that was set anew
+SHORTEST_GAP = 0.5  # seconds between the times of two packets: more than this is missing sound,
+LONGEST_GAP = 60.0  # and more than this is a clock that was reset
 LONGEST_HOLE = 2**20  # bytes of an mp3 in which the end of damage is looked for
 SLACK = 575  # frames that may be missing without a remark: less than a frame of mp3
 
@@ -96,7 +96,7 @@ def is_hidden(name: str) -> bool:
 
 
 def what_is(path: str | os.PathLike) -> str:
-    """What a file is that was taken for audio or weights, or why it cannot be opened; "" if not known."""
+    """What a file mistaken for audio or weights really is, or why it cannot be opened; "" if not known."""
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
@@ -182,11 +182,11 @@ class MediaFile:
         self.left, self.is_good = next(self.source, (b"", True))  # decoded, not read; tells rate and channels
         if not len(self.left):
             raise InputError(f"nothing of this {kind} can be decoded")
-        # How many there are shows at the end; load_audio reads what it finds below this
+        # The true number is known only at the end; load_audio reads what there is, up to this many
         self.frames = (MAX_SAMPLES - 2**26) * self.samplerate // SAMPLE_RATE
         self.claimed = 0
         self.slack = self.samplerate // 10  # frames by which the claim may be wrong
-        if self.track.duration and kind != "aac":  # where it is a guess
+        if self.track.duration and kind != "aac":  # for aac it is a guess
             self.claimed = round(self.track.duration * self.track.time_base * self.samplerate)
         elif self.container.duration and kind != "aac":
             self.claimed = self.container.duration * self.samplerate // 1_000_000
@@ -230,7 +230,7 @@ class MediaFile:
                 yield to_float(frame)
 
     def take(self, frames: int) -> tuple[np.ndarray, bool]:
-        """The next frames, (n, C), at most as many and only at the end none; and whether they are sound."""
+        """The next frames, (n, C), at most `frames`, and none only at the end; and whether they are sound."""
         if not len(self.left):
             self.left, self.is_good = next(self.source, (self.left, True))
         block = self.left[:frames]
@@ -318,8 +318,8 @@ def say_slow() -> None:
 
 
 class Forward(soundfile.SoundFile):
-    """Reads on without seeking after each read, as SoundFile does: an mp3 frame takes bits from those before
-    it, which a seek makes libmpg123 forget."""
+    """A SoundFile that does not seek after each read: an mp3 frame uses bits of earlier frames, which a seek
+    makes libmpg123 forget."""
 
     def __init__(self, raw, byte: int = 0):
         raw.seek(byte)
@@ -331,7 +331,7 @@ class Forward(soundfile.SoundFile):
 
 class WholeFile:
     """A file decoded once, from its beginning to its end, in bounded memory; `open_whole` makes it.
-    libsndfile reads `raw` by its descriptor, so that raw.tell() says how much of the file that took."""
+    libsndfile reads `raw` by its descriptor, so that raw.tell() says how far it has read."""
 
     def __init__(self, file, raw):
         self.file = file
@@ -421,7 +421,7 @@ class WholeFile:
                 left = self.file.frames - WARM_UP
 
     def go_on(self, at: int) -> int:
-        """Open again at frames further and further behind `at`: how many were passed over, 0 if it fails."""
+        """Reopen at frames further and further after `at`: returns how many were skipped, 0 if that fails."""
         step = BLOCK
         while at + step < self.claimed:
             if self.begin_anew(0, at + step):
@@ -430,7 +430,7 @@ class WholeFile:
         return 0
 
     def go_on_in_mp3(self, at: int) -> int:
-        """The same from the next bytes that look like the head of a frame: to seek in mp3 is to decode."""
+        """The same from the next bytes that look like a frame header: to seek in mp3 means to decode."""
         end = self.raw.tell()
         frames_a_byte = at / max(1, end - self.first_byte)
         if sound_behind(self.raw, end, "MP3") * frames_a_byte < LEFT_OVER * self.rate:
@@ -444,7 +444,7 @@ class WholeFile:
         return 0
 
     def begin_anew(self, byte: int, frame: int) -> int:
-        """Open again and drop what may be wrong at first: the byte where the sound begins, 0 if it fails."""
+        """Reopen and drop the first frames, which may be wrong: the byte where sound begins, 0 on failure."""
         try:
             file = Forward(self.raw, byte)
             first_byte = self.raw.tell()
@@ -506,7 +506,7 @@ def claimed_seconds(path: str | os.PathLike) -> float:
 
 
 def last_page(file, raw) -> int:
-    """Frames of an Ogg file by its last page, which libsndfile may miss behind damage; 0 if it is absurd."""
+    """Frames of an Ogg file, by its last page, which libsndfile may miss after damage; 0 if absurd."""
     raw.seek(0)
     head = raw.read(200)
     size = os.fstat(raw.fileno()).st_size
@@ -559,7 +559,7 @@ def length_of_tag(head: bytes, form: str) -> int:
 
 
 def holds_several(raw) -> bool:
-    """Whether FLAC files were joined, in which libFLAC seeks into either."""
+    """Whether this is several joined FLAC files: libFLAC may seek into any of them."""
     n_heads = 0
     for at in range(0, os.fstat(raw.fileno()).st_size, 2**18):
         raw.seek(at)
@@ -601,9 +601,9 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
 def stream(path: str | os.PathLike, width: int, hop: int = 0) -> Iterator[tuple[Tensor, str]]:
     """Decode a whole file in pieces of `width` samples, one every `hop` (by default `width`, at most that),
     both at 16 kHz: (piece (S,), mono float32, what is wrong with it or ""). The last may be shorter.
-    A piece equals that stretch of the whole file, decoded in one read and resampled; damage is silence, and
-    said. What the user should know of the file as a whole comes last, with an empty piece. Raises InputError
-    if the file cannot be read at all."""
+    A piece equals that stretch of the whole file, decoded in one read and resampled; damage becomes
+    silence and is reported. What the user should know of the file as a whole comes last, with an empty
+    piece. Raises InputError if the file cannot be read at all."""
     hop = hop or width
     if hop > width:
         raise ValueError("the pieces of a stream follow each other or overlap")

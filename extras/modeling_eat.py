@@ -46,8 +46,8 @@ class EATModel(PreTrainedModel):
         """Nothing: Encoder and AudioClassifier initialise themselves."""
 
     def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
-        """16 kHz mono in [-1, 1], of equal length, (B, S) -> the model's input (B, 1, F, M). Shorter clips
-        than those of training are padded to their length, as they were there."""
+        """16 kHz mono in [-1, 1], of equal length, (B, S) -> the model's input (B, 1, F, M). Clips shorter
+        than those of training are padded to their length, as in training."""
         network = self.model.config
         B, S = waveform.shape
         n_samples = torch.full((B,), S, device=waveform.device)

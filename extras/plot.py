@@ -61,7 +61,7 @@ def is_number(value) -> bool:
 
 
 def read_log(run: str) -> list[dict]:
-    """The records of a run's log. Lines of others, and damaged ones, are passed over and counted on stderr.
+    """The records of a run's log. Foreign and damaged lines are skipped and counted on stderr.
     Raises InputError if there are no records."""
     path = Path(run, "log.jsonl")
     try:
@@ -95,8 +95,8 @@ def points_of(log: list[dict], key: str) -> tuple[list, list]:
 
 
 def draw_panel(axis: Axes, logs: dict[str, list[dict]], keys: list[str], title: str) -> list:
-    """Curves of the same kind of all runs: of one run a colour a key, of several a colour a run. Returns the
-    last line of each run."""
+    """Curves of one kind for all runs: one run has a colour for each key, several runs a colour each. Returns
+    the last line of each run."""
     lines = []
     for number, log in enumerate(logs.values()):
         for i, key in enumerate(keys):
@@ -111,8 +111,6 @@ def draw_panel(axis: Axes, logs: dict[str, list[dict]], keys: list[str], title: 
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
-    if "score" in title:
-        axis.set_ylim(top=1.02)
     place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above the panel: it covers nothing
     legend = axis.legend(frameon=False, fontsize=7, handlelength=3.5, **place)
     if len(logs) > 1:
@@ -150,7 +148,7 @@ def plot_curves(runs: list[str]) -> Figure:
 
 
 def head(figure: Figure, *lines: str) -> Figure:
-    """The figure with what it is of above it, whatever characters that has; of what is long, the end."""
+    """The figure with these lines above it, whatever characters they have; of a long line, only the end."""
     text = "\n".join(line[-120:] for line in lines)
     text = os.fsencode(text).decode(errors="replace")
     figure.suptitle(text, fontsize=9, parse_math=False)
@@ -161,7 +159,7 @@ def head(figure: Figure, *lines: str) -> Figure:
 
 
 def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float, str]:
-    """The beginning of a file, cut to whole patches: spectrogram (1, 1, F, M), seconds, in words."""
+    """The beginning of a file, cut to whole patches: spectrogram (1, 1, F, M), seconds, and a description."""
     try:
         waveform = load_audio(path, 0, clip_samples(config.clip_frames))
     except InputError as error:
@@ -185,7 +183,7 @@ def draw_spectrogram(axis: Axes, spec: Tensor, length: float, colours: str = "ma
 
 
 def below_spectrogram(spec: Tensor, length: float, height: float = 1.0) -> tuple[Figure, Axes]:
-    """A figure with a spectrogram, and an axis of that height below it, of the same time."""
+    """A figure with a spectrogram and, below it, an axis with the same times, `height` times as high."""
     figure, axes = plt.subplots(2, 1, figsize=(9, 2 + 2 * height), sharex=True, height_ratios=(1, height))
     image = draw_spectrogram(axes[0], spec, length)
     figure.colorbar(image, ax=axes[0], label="normalised log-mel")

@@ -53,7 +53,7 @@ SHARDS = (".tar", ".parquet")
 
 
 def tally(lines: Iterable[str]) -> str:
-    """How often .bad gives each reason: in full if it is always the same, else what is before its colon."""
+    """How often .bad gives each kind of reason: in full if always the same, else up to the colon."""
     kinds = defaultdict(Counter)
     for line in lines:
         reason = line.split("\t")[1]
@@ -93,7 +93,7 @@ def join(labels: list[str]) -> str:
 
 
 def say_if_comma(labels: Iterable[str]) -> bool:
-    """Say that a comma is replaced, if one of these labels has one; returns that."""
+    """Print that commas are replaced if one of these labels has one; returns whether one has."""
     for label in labels:
         if "," in label:
             print(f"commas separate labels in a manifest: {label!r} becomes {join([label])!r} and so on")
@@ -158,7 +158,7 @@ def write_manifest(
     where = os.path.dirname(output) or "."
     os.makedirs(where, exist_ok=True)
     with TemporaryFile(dir=where):
-        pass  # what cannot be written is told before the work
+        pass  # a folder that cannot be written is reported before the work
     rows = in_order(lambda file: list_file(*file, folder), files, os.cpu_count())
     lines = []
     kept = []
@@ -215,7 +215,7 @@ def summarize(output: str, lines: Iterable[str], left_out: list[str], n_kept: in
 
 def scan(folder: str, output: str, labels: str | None = None, force: bool = False) -> None:
     """A manifest of every audio file below a folder.
-    Labelled, with "", by the first folder below it, or by a table; what has no label is left out, then."""
+    With `labels`, "" for the first folder below it, or a table, files without a label are left out."""
     check_output(output, can_replace=True)
     paths = find_audio(folder)
     found = {}
@@ -342,7 +342,7 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
 
 
 def identity(source: str) -> tuple:
-    """What tells a source from others. Raises InputError if it cannot be used."""
+    """What identifies a source. Raises InputError if it cannot be used."""
     if source.endswith(SHARDS):
         check_shard(source)
         return source, os.path.getsize(source)
@@ -444,7 +444,7 @@ def decode(path: str) -> tuple[Tensor, int, str]:
         if problem:
             problems.append(problem)
         if not len(piece):
-            continue  # the last words on the file
+            continue  # a remark on the whole file
         is_good = is_good or not problem or bool(piece.any())
         peak = 32768 * piece
         while peak.max() >= 32767.5 * gain or peak.min() < -32768.5 * gain:
@@ -552,8 +552,8 @@ def speechcommands(folder: str, output: str) -> None:
 
 def audioset(segments: str, labels: str, folder: str, output: str) -> None:
     """A manifest of the clips of an AudioSet list (YTID, start, end, "label,label") that are below a folder.
-    `labels` is class_labels_indices.csv. A clip's file is known by the 11 characters of its YTID: in brackets
-    as yt-dlp writes them, at the beginning of the name, or behind a Y; and by its start, in s or ms, if only
+    `labels` is class_labels_indices.csv. Files are recognised by the 11 characters of the YTID: in brackets
+    as yt-dlp writes them, at the beginning of the name, or after a Y; and by the start, in s or ms, if only
     numbers follow."""
     known = read_classes(labels)
     rows = read_table(segments, skipinitialspace=True)
@@ -581,7 +581,7 @@ def audioset(segments: str, labels: str, folder: str, output: str) -> None:
 
 
 def may_begin_at(start: float, rest: str) -> bool:
-    """Whether what follows a YTID, such as _30.000_40.000 or _30000, is no other time."""
+    """Whether what follows a YTID, such as _30.000_40.000 or _30000, gives no other start time."""
     match = re.fullmatch(r"[-_.](\d+(?:\.\d+)?)(?:[-_.]\d+(?:\.\d+)?)?", rest)
     return match is None or float(match[1]) in (start, 1000 * start)
 
@@ -646,7 +646,7 @@ def main() -> int:
             command.add_argument("--classes", default="", help="use the mids of class_labels_indices.csv")
         if function in (stats, pack):
             command.add_argument("--workers", type=n_workers, default=os.cpu_count(), help="threads")
-            command.add_argument("--timeout", type=float, default=30, help="minutes, then what hangs fails")
+            command.add_argument("--timeout", type=float, default=30, help="minutes until a hang is an error")
     args = vars(parser.parse_args())
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("prepare.py is one process that uses all cores: start it without torchrun")

@@ -5,8 +5,8 @@
     python extras/released.py CKPT DIR --published  the folder as published, for the published code
     python extras/released.py CKPT DIR --onnx       with model.onnx too: samples in, probabilities out
 
-CKPT is any checkpoint that model.read_pretrained knows. What is read comes out bit for bit, and a layout is
-not written if its code would compute something else. Nothing in a file that is read is run. The Hugging Face
+CKPT is any checkpoint that model.read_pretrained knows. Weights are kept bit for bit, and a layout is
+not written if its code would compute something else. No code in a file that is read is run. The Hugging Face
 layouts, which need the package safetensors, have neither decoder nor teacher. extras/export.py writes the
 layouts, extras/graphs.py the ONNX file.
 """
@@ -28,7 +28,7 @@ from model import (  # noqa: E402
     MAX_PATCH_ROWS, NORM_EPS, CheckpointError, ModelConfig, load_checkpoint, refusing, sincos_2d,
 )  # fmt: skip
 
-# How we begin a tensor's name, and how they do
+# How tensor names begin here, and in the released layouts
 HUGGING_FACE_NAMES = (  # all behind "model."
     ("encoder.cls_token", "extra_tokens"),
     ("encoder.patch_embed.", "local_encoder.proj."),
@@ -65,7 +65,7 @@ INERT_TYPES = (
 
 
 class Inert:
-    """Takes the place of an object of INERT_TYPES; what that was made of is dropped."""
+    """Takes the place of an object of INERT_TYPES, whose contents are dropped."""
 
     def __init__(self, *_):
         pass
@@ -134,7 +134,7 @@ def fetch(name: str) -> str:
 
 
 def our_name(name: str, names: Names, prefix: str) -> str:
-    """What we call a tensor of theirs. Raises ValueError if this model has no such tensor."""
+    """Our name for a released tensor. Raises ValueError if this model has no such tensor."""
     for ours, theirs in names:
         if name.startswith(prefix + theirs):
             own = ours + name.removeprefix(prefix + theirs)
@@ -148,7 +148,7 @@ def our_name(name: str, names: Names, prefix: str) -> str:
 
 
 def to_ours(weights: dict[str, Tensor], names: Names, prefix: str) -> dict[str, Tensor]:
-    """Their tensors by our names, in fp32. Their positions are left out: we compute them. Raises ValueError
+    """Released tensors under our names, in fp32, without the positions, which we compute. Raises ValueError
     for an unknown tensor, or if the positions are not the fixed ones."""
     found = {}
     for name, value in weights.items():
@@ -163,7 +163,7 @@ def to_ours(weights: dict[str, Tensor], names: Names, prefix: str) -> dict[str, 
 
 
 def network_of(weights: dict[str, Tensor], claimed: dict) -> dict:
-    """A ModelConfig's fields, by our tensors; for what these do not show, as `claimed`."""
+    """A ModelConfig's fields: from our tensors or, where these do not show them, from `claimed`."""
     width, _, patch_size, _ = weights["encoder.patch_embed.weight"].shape
     sizes = dict(claimed)
     sizes["width"] = width
@@ -202,7 +202,7 @@ def from_fairseq(state: dict) -> dict:
         model = tuned["pretrained_model_args"]["model"]
         prefix = "model."
     if model.get("layer_norm_first"):
-        raise ValueError("its blocks normalise first, these do so last")
+        raise ValueError("its blocks are pre-norm, this model's are post-norm")
     tensors = dict(state["model"])
     teacher = tensors.pop("_ema", None)
     weights = to_ours(tensors, FAIRSEQ_NAMES, prefix)
@@ -288,8 +288,8 @@ def main() -> int:
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("folder", help="new folder")
     parser.add_argument("--published", action="store_true", help="for the published code of transformers 4")
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx, from 16 kHz samples on")
-    parser.add_argument("--pt2", action="store_true", help="write model.pt2, likewise, for torch.export.load")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx, which takes 16 kHz samples")
+    parser.add_argument("--pt2", action="store_true", help="write model.pt2, the same for torch.export.load")
     parser.add_argument("--licence", default="", help="of the weights, for the model card: mit, ...")
     args = parser.parse_args()
     wants_graph = args.onnx or args.pt2

@@ -30,8 +30,8 @@ class Entry(NamedTuple):
 
     name: str
     labels: list[str] = []
-    path: str = ""  # of its file or, in a shard,
-    read: Callable[[], bytes] | None = None  # the bytes of that
+    path: str = ""  # of its file, unless it is in a shard
+    read: Callable[[], bytes] | None = None  # in a shard: returns the file's bytes
     problem: str = ""
     is_loss: bool = False  # more than this clip may be missing
 
@@ -66,7 +66,7 @@ class Labeller:
         self.known |= {label: label for label in classes}
 
     def __call__(self, record: dict, names: dict[str, list[str]] | None = None) -> list[str]:
-        """The labels of a clip; `names` has those that integers of a field stand for. Raises InputError if
+        """The labels of a clip; `names` has the labels that its integers stand for. Raises InputError if
         there are labels, but no field whose labels are among the classes."""
         others = [field for field in record if field not in FIELDS and re.match(WORDS, field.lower())]
         found = []
@@ -90,7 +90,7 @@ class Labeller:
 
 
 def read_part(path: str, offset: int, size: int) -> bytes:
-    """A stretch of a file. Raises InputError if it ends before, or cannot be read."""
+    """A stretch of a file. Raises InputError if the file ends before it does, or cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -98,12 +98,12 @@ def read_part(path: str, offset: int, size: int) -> bytes:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}") from None
     if len(data) < size:
-        raise InputError("cut short: the shard ends in it")
+        raise InputError("cut short: the shard ends inside it")
     return data
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo | str]:
-    """The members of a tar file in order and, where something is missing between them, what."""
+    """The members of a tar file in order and, where something is missing, a text that says what."""
     total = os.path.getsize(path)
     end = 0  # of the member before
     with tarfile.open(path, "r:", ignore_zeros=True) as tar, open(path, "rb") as file:
@@ -237,7 +237,7 @@ def sound_column(path: str, schema) -> str:
     named = [name for name in found if re.search("audio|sound|wav|flac|mp3", name.lower())] or found
     if len(named) != 1:
         columns = ", ".join(schema.names)
-        raise InputError(f"{path}: which of the columns {columns} is the sound? Call it audio")
+        raise InputError(f"{path}: which of the columns {columns} is the sound? Rename it to audio")
     return named[0]
 
 

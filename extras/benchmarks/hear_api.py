@@ -2,8 +2,8 @@
 
     cd extras/benchmarks && python -m heareval.embeddings.runner hear_api --model CKPT --tasks-dir TASKS
 
-CKPT is what model.read_pretrained knows, the published base weights by default. A frame has, for 160 ms, the
-tokens of its 8 bands, one behind the other, and the CLS token of its piece of `clip_frames`; of the block at 7/12
+CKPT is what model.read_pretrained knows, the published base weights by default. A frame of 160 ms has the
+tokens of its 8 bands, concatenated, and the CLS token of its piece of `clip_frames`, from the block at 7/12
 of the depth, reported as the best of the published weights (extras/runs/laptop/README.md).
 """
 

@@ -3,8 +3,8 @@
     ln -s THIS_REPOSITORY eat
     EAT_CHECKPOINT=CKPT python -m xares.run eat/extras/benchmarks/xares_encoder.py src/tasks/*.py
 
-Both in a clone of X-ARES, which has the tasks: it takes only paths below the folder that it is started in. CKPT is
-what model.read_pretrained knows (a path in full), the published base weights by default.
+Run both in a clone of X-ARES, which has the tasks: it takes only paths below the current folder. CKPT is
+what model.read_pretrained knows (an absolute path), the published base weights by default.
 """
 
 import os

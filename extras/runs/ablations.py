@@ -2,12 +2,12 @@
 
     python extras/audio/build.py OUT                                  the audio
     python extras/runs/ablations.py OUT runs/ablations                20 pre-trainings, 24 fine-tunings
-    python extras/runs/ablations.py OUT runs/ablations --only base    a part: jobs whose names begin so
+    python extras/runs/ablations.py OUT runs/ablations --only base    a part: jobs whose names begin with this
 
 1,500 updates each on clips of 2.56 s, 16 x 8 patches; then linear probes by bands on 35 words and on events,
 and for utterance weights fine-tuning on ten words with the CLS token and with the mean over the patches.
-Started twice at once, two share the work; started again, it goes on where it stopped. Writes ablations.json,
-tables.md and logs.jsonl into the folder of the runs, of the jobs that are done.
+Two processes started at once share the work; started again, it resumes where it stopped. Writes
+ablations.json, tables.md and logs.jsonl, for the jobs that are done, into the folder of the runs.
 """
 
 import json
@@ -54,7 +54,7 @@ def flexible_block_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Inverse block masks with a shape of blocks for each clip, which its clones share: (n * clones, H*W)
+    """Inverse block masks whose block shape is drawn per clip and shared by its clones: (n * clones, H*W)
     bool, clone-minor rows. The released code's option `flexible_mask`, off in its recipes.
     Arguments, ValueError and the rest of the algorithm as masking.inverse_block_mask."""
     H, W = grid

@@ -2,14 +2,14 @@
 
     python extras/audio/build.py OUT                                   what it trains on
     python extras/runs/laptop.py OUT runs/laptop                       all of it: about 15 hours of one core
-    python extras/runs/laptop.py OUT runs/laptop --only pretrain1      a part: jobs whose names begin so
+    python extras/runs/laptop.py OUT runs/laptop --only pretrain1      a part: jobs with this prefix
 
-Three seeds of pre-training and a wider network for the same arithmetic; of each, fine-tuning and probes on
-five tasks, beside the same from scratch, fine-tuning for four times as long, random encoders and the log-mel
-input; fine-tuning and probes of checkpoints on the way. Started twice at once, two share the work; started
-again, it goes on where it stopped. Writes laptop.json, tables.md, worth.png, curve.png, all logs as
-logs.jsonl, and the first seed in half precision as encoder.pt into the folder of the runs, of the jobs that
-are done.
+Three seeds of pre-training, and a wider network with the same arithmetic; each is fine-tuned and probed on
+five tasks, compared with training from scratch, four times as much fine-tuning, random encoders and the
+log-mel input; intermediate checkpoints are fine-tuned and probed, too. Two processes started at once share
+the work; started again, it resumes where it stopped. Writes laptop.json, tables.md, worth.png, curve.png,
+all logs as logs.jsonl, and the first seed in half precision as encoder.pt, for the jobs that are done, into
+the folder of the runs.
 """
 
 import argparse
@@ -64,7 +64,7 @@ PROBES = [PROBED + of for of in ("pre-trained", "random encoder", "log-mel")]
 
 
 def keep_checkpoint(run: Path) -> None:
-    """Another name for last.pt if it is that of one of STEPS: a link stays when last.pt is replaced."""
+    """Link last.pt under another name if it is of one of STEPS: a link stays when last.pt is replaced."""
     last = run / "last.pt"
     seen = run / "seen.pt"
     with contextlib.suppress(FileNotFoundError):  # there is none yet, or it is just being replaced
@@ -77,7 +77,7 @@ def keep_checkpoint(run: Path) -> None:
 
 
 def start(command: list, watch: Callable = lambda: None) -> None:
-    """Run a program to its end, `watch` every two seconds; if this one is stopped, so is that, and saves."""
+    """Run a program, with `watch` every two seconds; if we are stopped, it is stopped, too, and saves."""
     with subprocess.Popen(list(map(str, command)), cwd=ROOT) as process:
         try:
             while process.poll() is None:
@@ -90,7 +90,7 @@ def start(command: list, watch: Callable = lambda: None) -> None:
 
 
 def pretrain(audio: Path, run: Path, seed: int, schedule: dict, patch: str = "") -> None:
-    """Pre-train, or go on with it, and keep checkpoints on the way; `patch` is code that runs before."""
+    """Pre-train or resume, and keep intermediate checkpoints; `patch` is code that runs first."""
     flags = dict(data=audio / "pretrain.tsv") | schedule | dict(seed=seed, out_dir=run)
     flags |= dict(probe_train=audio / "words10_train.tsv", probe_test=audio / "words10_test.tsv")
     program = ["pretrain.py"]
@@ -186,7 +186,7 @@ def list_jobs(audio: Path, runs: Path) -> dict[str, Job]:
 
 
 def work_through(jobs: dict[str, Job], runs: Path, only: tuple[str, ...]) -> None:
-    """Do what can be done and nobody has done or is doing."""
+    """Do each job that can be done and that no process has done or is doing."""
     (runs / "claims").mkdir(parents=True, exist_ok=True)
     for name, job in jobs.items():
         asked = name == "packed" or name.startswith(only)  # most need it
@@ -282,34 +282,47 @@ def deviation(scores: list[float], alone: float) -> float:
     return statistics.stdev(scores)
 
 
-def draw_worth(found: dict):
-    """A bar for each task and way to use its labels, with the deviation over seeds; log-mel as a line."""
-    figure, axis = plt.subplots(figsize=(9, 3.2))
-    bars = (
-        (SCRATCH, "0.8"), (TUNED, "lightsteelblue"), (LONGER[SCRATCH], "0.6"), (LONGER[TUNED], "C0"),
-        (f"{PROBED}random encoder", "navajowhite"), (f"{PROBED}pre-trained", "C1"),
-    )  # fmt: skip
-    for i, (row, colour) in enumerate(bars):
-        places = []
-        means = []
-        spreads = []
+def draw_bars(axis, tables: dict, bars: list[tuple]) -> None:
+    """A group of bars for each task: (row of its table, label, style), with the deviation over seeds."""
+    width = 0.8 / len(bars)
+    for i, (row, label, style) in enumerate(bars):
         for x, task in enumerate(TASKS):
-            scores = found["tasks"][task][row]
-            if scores:
-                places.append(x + 0.14 * (i - 2.5))
-                means.append(statistics.mean(scores))
-                spreads.append(deviation(scores, math.nan))
-        axis.bar(places, means, 0.13, yerr=spreads, color=colour, capsize=2, label=row)
+            place = x + width * (i - (len(bars) - 1) / 2)
+            scores = tables[task][row]
+            if not scores:
+                axis.text(place, 0.01, "not run", rotation=90, ha="center", va="bottom", fontsize=7)
+                continue
+            spread = deviation(scores, math.nan)
+            axis.bar(place, statistics.mean(scores), width, yerr=spread, capsize=2, label=label, **style)
+            label = ""  # once in the legend
+
+
+def draw_worth(found: dict):
+    """What pre-training is worth on each task: the network fine-tuned, and frozen; the log-mel as a line."""
+    figure, (tuned, frozen) = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, width_ratios=(4, 3))
+    scratch = dict(color="0.75", edgecolor="k", linewidth=0.5)
+    trained = scratch | dict(color="C0")
+    longer = dict(hatch="////")
+    draw_bars(tuned, found["tasks"], [
+        (SCRATCH, "from scratch", scratch), (TUNED, "pre-trained", trained),
+        (LONGER[SCRATCH], "from scratch, 4 times the updates", scratch | longer),
+        (LONGER[TUNED], "pre-trained, 4 times the updates", trained | longer),
+    ])  # fmt: skip
+    draw_bars(frozen, found["tasks"], [
+        (f"{PROBED}random encoder", "random encoder", scratch),
+        (f"{PROBED}pre-trained", "pre-trained", trained),
+    ])  # fmt: skip
+    label = "log-mel, without a network"
     for x, task in enumerate(TASKS):
         scores = found["tasks"][task][f"{PROBED}log-mel"]
         if scores:
-            style = dict(color="k", ls="--", lw=1)
-            if x == 0:
-                style["label"] = f"{PROBED}log-mel"
-            axis.plot([x - 0.42, x + 0.42], [statistics.mean(scores)] * 2, **style)
-    axis.set_xticks(range(len(TASKS)), [title for title, _ in TASKS.values()])
-    axis.set_ylabel("accuracy")
-    axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+            frozen.plot([x - 0.42, x + 0.42], [statistics.mean(scores)] * 2, "k--", lw=1.2, label=label)
+            label = ""
+    tuned.set(title="fine-tuned", ylabel="accuracy, mean ± deviation of 3 seeds", ylim=(0, 1))
+    frozen.set_title("frozen, linear probe")
+    for axis in (tuned, frozen):
+        axis.set_xticks(range(len(TASKS)), [title for title, _ in TASKS.values()])
+        axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     return figure
 
 
@@ -320,20 +333,24 @@ def draw_curve(found: dict):
     series += [(1, TASKS[task][0], found["curve"][task]) for task in CURVE]
     for number, (panel, name, points) in enumerate(series):
         points = {max(STEPS[0] // 2, int(step)): scores for step, scores in points.items() if scores}
+        if STEPS[0] // 2 in points:
+            points[STEPS[0] // 2 + 1] = [math.nan]  # "none" is not on the axis: no line from there
+            points = dict(sorted(points.items()))
         means = [statistics.mean(scores) for scores in points.values()]
         spreads = [deviation(scores, 0.0) for scores in points.values()]
         style = dict(marker="o", ms=3, capsize=3, color=f"C{number}", label=name)
         panels[panel].errorbar(points.keys(), means, spreads, **style)
-    same = SCHEDULE["updates"]  # of the narrower network, in arithmetic
+    same = SCHEDULE["updates"]  # the narrower network's updates, of the same arithmetic
     for panel, rows in zip(panels, ((TUNED,), CURVE)):
-        label = "288 wide, same arithmetic"
+        label = "1.5 times as wide, same cost"
         for row in rows:
             scores = found["wide"].get(row)
             if scores:
                 panel.plot(same, statistics.mean(scores), "k*", ms=8, label=label)
                 label = ""  # once in a legend
     for row, style, label in (
-        (LONGER[TUNED], "-.", "4 times the updates"), (LONGER[SCRATCH], "--", "the same, from scratch"),
+        (LONGER[TUNED], "-.", "4,000, fine-tuned 4 times as long"),
+        (LONGER[SCRATCH], "--", "none, fine-tuned 4 times as long"),
         (f"{PROBED}log-mel", ":", f"{PROBED}log-mel"),
     ):  # fmt: skip
         scores = found["tasks"][TUNED_TASK][row]
@@ -350,7 +367,7 @@ def draw_curve(found: dict):
 
 
 def save_encoder(state: dict, path: Path) -> None:
-    """Save student and teacher of a pre-training run in half precision, with its settings, but for its folders."""
+    """Save student and teacher of a pre-training run in half precision, with settings but no folders."""
     settings = dict(state["settings"])
     for name in ("data", "out_dir", "probe_train", "probe_test"):
         if name in settings:

@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("data", help="manifest of the audio")
     parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("--clips", type=int, default=512, help="so many, drawn from the manifest")
+    parser.add_argument("--clips", type=int, default=512, help="number of clips to draw from the manifest")
     args = parser.parse_args()
     first, _ = EAT.from_pretrained(args.checkpoints[0])
     network = first.config
