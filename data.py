@@ -135,7 +135,8 @@ def open_audio(path: str | Path) -> Iterator:
         raise InputError("a broken link" if os.path.islink(path) else "no such file")
     try:
         try:
-            file = soundfile.SoundFile(os.fsencode(path))  # bytes: a name need not be UTF-8
+            name = str(path) if os.name == "nt" else os.fsencode(path)  # it need not be UTF-8
+            file = soundfile.SoundFile(name)
         except soundfile.LibsndfileError as error:
             from extras.media import open_other
 
@@ -209,10 +210,9 @@ def load_audio(
     waveform = torch.from_numpy(samples).mean(1)
     if len(waveform):
         waveform = resample(waveform, rate)[start - begin :][:n_samples]
-    if start and not len(waveform):
-        raise InputError(f"has no sound at {start / SAMPLE_RATE:.2f} s")
     if len(waveform) < FRAME_LENGTH:
-        raise InputError(f"too short: {len(waveform)} samples at 16 kHz, a frame needs {FRAME_LENGTH}")
+        sound = f"{len(waveform)} samples at 16 kHz from {start / SAMPLE_RATE:.2f} s on"
+        raise InputError(f"too short: {sound}, a frame needs {FRAME_LENGTH}")
     check_peak(waveform, allow_silence)
     return waveform
 
@@ -277,7 +277,7 @@ class Manifest:
     def path(self, i: int) -> str:
         """Path of clip i. Raises InputError if it is not below the root: a manifest may be untrusted."""
         name = self.fields(i)[0]
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if Path(name).anchor or ".." in Path(name).parts:
             raise InputError("lies outside the manifest's folder")
         return os.path.join(self.root, name)
 

@@ -258,8 +258,9 @@ def evaluate_encoder(args: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", help="run folder, .pt file or released weights")
     parser.add_argument("manifest", help="labelled clips: to score, or to fit a probe on")
     parser.add_argument("test", nargs="?", help="labelled clips to score the probe on")
@@ -494,6 +495,7 @@ def run_script(main: Callable[[], int]) -> None:
         # Keep stderr for Python: libmpg123 prints many harmless warnings, without a file name
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch._logging._init_logs()  # torch warns on the new stderr, too
         faulthandler.enable(sys.stderr)
     try:
         status = main()

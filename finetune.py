@@ -59,7 +59,7 @@ class FinetuneConfig(RunConfig):
     loss: Literal["bce_positives", "bce", "ce", "auto"] = "bce_positives"  # bce / positives, / clips; softmax
     metric: Literal["mAP", "accuracy", "auto"] = "mAP"  # chooses best.pt. auto: both from the labels
     pooling: Literal[*POOLINGS] = "cls"  # cls token, mean of the patches, or mean and deviation of each band
-    frozen: bool = False  # fit only a linear classifier, by logistic regression
+    frozen: bool = False  # fit only a linear classifier; softmax if each clip has one class, whatever --loss
     block: int = 0  # encoder block that --frozen classifies; 0 = at 7/12 of the depth
     label_smoothing: float = 0.0  # smoothing of ce without mixup, in training only (released code)
     drop_path: float = 0.1  # rate at which the last block is left out, rising linearly from 0
@@ -396,6 +396,7 @@ def train(config: FinetuneConfig) -> int:
 
     for step in run.steps():
         if step and step % eval_every == 0:
+            run.save("last.pt", step, run.stateful)  # a signal waits for the evaluation, and may be the last
             evaluate(step)
 
         parts = draw_parts(batches, sampler, targets, config, step, device)

@@ -504,11 +504,11 @@ def rebuild(cls: type[nn.Module], state: dict, part: str, prefix: str = "") -> n
         weights = {}
         for name, weight in state[part].items():
             if name.startswith(prefix):
-                weights[name.removeprefix(prefix)] = weight.float()
+                weights[name.removeprefix(prefix)] = weight
         model.load_state_dict(weights, assign=True)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("its weights are not finite: its training has diverged")
-    return model.eval()
+    return model.float().eval()
 
 
 if __name__ == "__main__":

@@ -409,6 +409,8 @@ class Run:
         if self.world > 1:
             dist.all_reduce(status, dist.ReduceOp.MAX)  # on the CPU: does not wait for the GPU
         self.stopped = int(status)
+        if self.stopped:
+            self.add("bad_files.tsv", gather(self.problems))
         config = self.config
         is_time = time.monotonic() > self.saved_at + 60 * config.save_minutes
         if is_time or step % config.save_every == 0 or step == config.updates or self.stopped > 128:
@@ -432,10 +434,10 @@ class Run:
         if self.rank > 0:
             return True
         state = dict(step=step, settings=self.settings, **self.about)
-        state["log_size"] = os.path.getsize(self.out_dir / "log.jsonl")
         for key, part in parts.items():
             state[key] = part.state_dict()
         try:
+            state["log_size"] = open(self.out_dir / "log.jsonl", "ab").tell()
             save_checkpoint(self.out_dir / name, **state)
         except (OSError, RuntimeError) as error:
             problem = f"could not save update {step} in {self.out_dir}: {first_line(error)}"
@@ -468,7 +470,7 @@ class Run:
             means = (rows[is_finite].mean(0) / self.world).tolist()
         problems = gather(self.problems)
         self.n_bad += len(problems)
-        self.add("bad_files.tsv", sorted(set(problems)))
+        self.add("bad_files.tsv", problems)
         seconds = time.perf_counter() - self.logged_at
         pace = seconds / len(rows)
         self.log(
@@ -492,17 +494,11 @@ class Run:
     def log(self, **record) -> None:
         """Add a JSON line to log.jsonl, and print what people watch."""
         self.add("log.jsonl", [json.dumps(record)])
-        shown = []
-        for name in SHOWN:
-            value = record.get(name)
-            if isinstance(value, float):
-                value = f"{value:.4g}"
-            if value is not None:
-                shown.append(f"{name} {value}")
+        shown = [f"{name} {record[name]:.7g}" for name in SHOWN if record.get(name) is not None]
         self.say("  ".join(shown))
 
     def add(self, name: str, lines: list[str]) -> None:
-        """Append new lines to a file in the run folder; a full disk loses them, not the run."""
+        """Append lines that are not there yet to a file in the run folder; a full disk loses them, not the run."""
         if self.rank > 0 or not lines:
             return
         try:
@@ -511,7 +507,8 @@ class Run:
                 old = set(file.read().split(b"\n"))
                 if b"" not in old:  # a full disk cut the last line
                     file.write(b"\n")
-                file.writelines(line + b"\n" for line in map(os.fsencode, lines) if line not in old)
+                new = set(map(os.fsencode, lines)) - old
+                file.writelines(line + b"\n" for line in sorted(new))
         except OSError as error:
             self.warn(f"could not write to {self.out_dir / name}: {error}")
 

@@ -161,7 +161,7 @@ def write_features(
     other settings are there, or if the disk is full."""
     jobs = []
     for (path, _), place in zip(files, name_places(output, files)):
-        own = settings | dict(bytes=size_of(path))
+        own = settings | dict(recording=digest_of(path))
         jobs.append((path, place, own))
         with contextlib.suppress(OSError):  # reported when it is this file's turn
             find_features(place, own)
@@ -196,11 +196,13 @@ def write_features(
     return int(n_bad == len(jobs))
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, 0 if there is none."""
-    if path.is_file():
-        return path.stat().st_size
-    return 0
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, "" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def tell_problem(path: Path, problem: str, is_good: bool) -> None:

@@ -37,8 +37,8 @@ def nfc(text: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name in one line, its tabs and line breaks as in Python."""
-    return name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
+    """A name in one line: tabs, line breaks and other control characters as in Python."""
+    return re.sub(r"[\0-\x1f\x7f]", lambda match: repr(match[0])[1:-1], name)
 
 
 def is_number(text: str) -> bool:

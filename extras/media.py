@@ -189,7 +189,10 @@ class MediaFile:
         if self.track.duration and kind != "aac":  # for aac it is a guess
             self.claimed = round(self.track.duration * self.track.time_base * self.samplerate)
         elif self.container.duration and kind != "aac":
-            self.claimed = self.container.duration * self.samplerate // 1_000_000
+            duration = self.container.duration
+            if "matroska" in self.container.format.name:  # it counts from 0, the sound may begin later
+                duration -= max(0, self.container.start_time or 0)
+            self.claimed = duration * self.samplerate // 1_000_000
             if self.container.streams.video:  # which may be longer than the sound
                 self.slack += self.claimed // 50
 
@@ -344,6 +347,8 @@ class WholeFile:
         self.claimed = claimed_frames(file)
         if file.subtype in ("VORBIS", "OPUS"):
             self.claimed = max(self.claimed, last_page(file, raw))
+        if self.claimed > 2**62:
+            raise InputError("its header does not say how long it is: convert it")
         if self.claimed * SAMPLE_RATE // self.rate >= MAX_SAMPLES:
             hours = self.claimed / self.rate / 3600
             raise InputError(f"claims {hours:.0f} hours: its header is wrong, convert it")
@@ -351,7 +356,8 @@ class WholeFile:
         self.damaged = 0  # frames of that silence
         self.readable = 0  # frames that load_audio can reach
         self.is_broken = False  # whether the decoder gave up on damage
-        self.missed = 0.0  # seconds of sound behind what the header claims
+        self.behind = 0  # bytes of sound behind what the header claims
+        self.missed = 0.0  # and their seconds
 
     def reaches_end(self) -> bool:
         """Whether the header counts frames, so that decoding is not needed, and the last one can be read."""
@@ -462,7 +468,8 @@ class WholeFile:
         """Find how many seconds of sound there are behind those that the header claims."""
         end = self.raw.tell()
         seconds_a_byte = self.decoded / self.rate / max(1, end - self.first_byte)
-        self.missed = sound_behind(self.raw, end, self.file.format) * seconds_a_byte
+        self.behind = sound_behind(self.raw, end, self.file.format)
+        self.missed = self.behind * seconds_a_byte
 
     def remark(self) -> str:
         """What the user should know of the file, or ""; once it has been decoded."""
@@ -524,7 +531,7 @@ def last_page(file, raw) -> int:
 
 def sound_behind(raw, at: int, form: str) -> int:
     """How many bytes from `at` on are neither padding nor tags nor chunks, and so must be sound."""
-    size = os.fstat(raw.fileno()).st_size
+    size = end_without_tags(raw)
     if size - at >= 2**32:  # whatever the bytes are: the header's 32 bits were too few, and wrapped
         return size - at
     while at < size:
@@ -535,6 +542,24 @@ def sound_behind(raw, at: int, form: str) -> int:
             break
         at += n
     return max(0, size - at)
+
+
+def end_without_tags(raw) -> int:
+    """Where a file ends, without the tags of mp3 that can be read from behind only."""
+    end = os.fstat(raw.fileno()).st_size
+    while True:
+        raw.seek(max(0, end - 128))
+        tail = raw.read(min(end, 128))
+        size = 0
+        if tail.startswith(b"TAG") and len(tail) == 128:
+            size = 128
+        elif tail[-32:-24] == b"APETAGEX":
+            size = int.from_bytes(tail[-20:-16], "little")
+        elif tail.endswith(b"LYRICS200") and tail[-15:-9].isdigit():
+            size = 15 + int(tail[-15:-9])
+        if not 0 < size <= end:
+            return end
+        end -= size
 
 
 def length_of_tag(head: bytes, form: str) -> int:
@@ -584,6 +609,8 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
             remark = f"{remark}; {pieces}".removeprefix("; ")
         n_samples = whole.readable * SAMPLE_RATE // whole.rate
         is_broken = whole.is_broken
+        if not whole.claimed and whole.behind > 1000:
+            raise InputError("its header says that it is empty, but sound follows: convert it")
         if whole.missed > LEFT_OVER + 0.02 * seconds:
             raise InputError(f"{remark}: convert it")
     if n_samples < FRAME_LENGTH:

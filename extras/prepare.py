@@ -41,7 +41,7 @@ from data import (  # noqa: E402
 )  # fmt: skip
 from evaluate import Parser, run_script  # noqa: E402
 from extras.labels import nfc, printable, read_labels  # noqa: E402
-from extras.media import OTHER_SUFFIXES, count_samples, find_audio, stream  # noqa: E402
+from extras.media import AUDIO_SUFFIXES, OTHER_SUFFIXES, count_samples, find_audio, stream  # noqa: E402
 from extras.shards import Entry, check_shard, entries_of  # noqa: E402
 from extras.tables import read_classes  # noqa: E402
 
@@ -411,7 +411,10 @@ def pack_clip(number: int, entry: Entry, folder: str) -> tuple[Tensor, str]:
             raise InputError(entry.problem)
         path = entry.path
         if entry.read:
-            path = os.path.join(folder, f"{threading.get_ident()}{os.path.splitext(entry.name)[1]}")
+            suffix = os.path.splitext(entry.name)[1]
+            if suffix.lower() not in AUDIO_SUFFIXES:  # of a row it may be anything
+                suffix = ""
+            path = os.path.join(folder, f"{threading.get_ident()}{suffix}")
             Path(path).write_bytes(entry.read())
         waveform, gain, remark = decode(path)
     except InputError as error:

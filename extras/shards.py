@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data import InputError, first_line
 from extras.media import AUDIO_SUFFIXES, what_is
-from extras.labels import WORDS, is_number, labels_in, printable
+from extras.labels import SEVERAL, WORDS, is_number, labels_in, printable
 
 BLOCK = tarfile.BLOCKSIZE
 SIDECARS = (".json", ".cls", ".txt")  # labels beside the sound, the best first
@@ -42,8 +42,14 @@ def check_shard(path: str) -> None:
         raise InputError(f"there is no file {path}")
     if path.endswith(".parquet"):
         sound_column(path, open_parquet(path).schema_arrow)
-    elif not tarfile.is_tarfile(path):
-        raise InputError(f"{path} is no tar file: {what_is(path) or 'download it again'}")
+        return
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.TarError:
+        reason = what_is(path) or "download it again"
+        if tarfile.is_tarfile(path):
+            reason = "it is compressed: unpack it with gunzip or the like"
+        raise InputError(f"{path} is no tar file: {reason}") from None
 
 
 def entries_of(path: str, classes: dict[str, str]) -> Iterator[Entry]:
@@ -71,10 +77,11 @@ class Labeller:
         others = [field for field in record if field not in FIELDS and re.match(WORDS, field.lower())]
         found = []
         for field in (*FIELDS, *others):
-            labels = labels_in(record.get(field))
+            labels = labels_in(record.get(field), bool(re.search(SEVERAL, field.lower())))
             if names and field in names:
-                own = dict(enumerate(names[field]))
-                labels = [own.get(int(label), label) for label in labels if label != "-1"]  # -1: none
+                own = {str(i): name for i, name in enumerate(names[field])}
+                labels = [label.removesuffix(".0") for label in labels]
+                labels = [own.get(label, label) for label in labels if label != "-1"]  # -1: none
             if labels:
                 found.append(labels)
         found.sort(key=lambda labels: all(map(is_number, labels)))  # names before numbers
@@ -174,8 +181,8 @@ def group_entries(path: str, group: list[tarfile.TarInfo], labeller: Labeller) -
             labels = sidecar_labels(path, own, labeller)
             read = functools.partial(read_part, path, sound.offset_data, sound.size)
             yield Entry(name, labels, read=read)
-        except InputError as error:
-            yield Entry(name, problem=str(error))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # whatever JSON may hold
+            yield Entry(name, problem=first_line(error))
 
 
 def sidecar_labels(path: str, texts: list[tarfile.TarInfo], labeller: Labeller) -> list[str]:
@@ -215,11 +222,11 @@ def class_names(schema) -> dict[str, list[str]]:
     """The names of classes that Hugging Face's features give to the integers of each column."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:
-        features = json.loads(text)["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+        features = json.loads(text)["info"]["features"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
     found = {}
-    for column, feature in features.items():
+    for column, feature in features:
         while isinstance(feature, dict | list) and feature and "names" not in feature:
             feature = feature[0] if isinstance(feature, list) else feature.get("feature")
         if isinstance(feature, dict) and feature:
@@ -271,12 +278,13 @@ def row_entry(
     """One row as a clip."""
     if isinstance(sound, bytes):
         sound = dict(bytes=sound)
-    sound = sound or {}
+    if not isinstance(sound, dict):
+        sound = {}
     name = f"{path}/{sound.get('path') or number}"
     try:
         data = sound.get("bytes")
         if not data:
             raise InputError("the row holds no sound")
         return Entry(name, labeller(row, names), read=lambda: data)
-    except InputError as error:
-        return Entry(name, problem=str(error))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # whatever a row may hold
+        return Entry(name, problem=first_line(error))

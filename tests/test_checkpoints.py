@@ -643,6 +643,18 @@ def test_absurd_claims_take_no_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
+def test_a_tensor_that_claims_more_than_it_stores_takes_no_memory(tmp_path):
+    """A number repeated, in half precision: it is refused by its shape, not made 8 GiB large first."""
+    path = our_classifier(tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["classifier"]["encoder.cls_token"] = torch.zeros(1, dtype=torch.half).expand(2**31)
+    torch.save(state, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="size mismatch for encoder.cls_token"):
+        AudioClassifier.from_pretrained(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
 @pytest.mark.parametrize(
     "kind, text",
     [

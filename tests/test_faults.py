@@ -409,16 +409,17 @@ def test_slurm_sh_starts_a_run_and_requeues_what_the_time_limit_stops(tmp_path):
     for status, left in ((1, 100), (1, 1000), (0, 100)):  # exit status of the run, seconds to the time limit
         (tmp_path / "scontrol.txt").write_text("")
         env |= dict(STATUS=str(status), SLURM_JOB_END_TIME=str(int(time.time()) + left))
-        subprocess.run(["bash", ROOT / "extras" / "slurm.sh"], cwd=tmp_path, env=env, timeout=30)
+        command = ["bash", ROOT / "extras" / "slurm.sh", "finetune.py", "--data", "a b.tsv", "--preset", "own"]
+        subprocess.run(command, cwd=tmp_path, env=env, timeout=30)
         requeued.append("requeue 7" in (tmp_path / "scontrol.txt").read_text())
     assert requeued == [True, False, False]
     program, *argv = (tmp_path / "srun.txt").read_text().splitlines()
     args = parse_args(argv)
     assert program == "torchrun"
     assert (args.nnodes, args.rdzv_backend, args.rdzv_id) == ("2", "c10d", "7")
-    assert args.training_script == "pretrain.py"
-    config = parse_config(pretrain.PretrainConfig, pretrain.PRESETS, args.training_script_args)
-    assert config.data and config.out_dir
+    assert "SIGUSR1" in args.signals_to_handle
+    assert args.training_script == "finetune.py"
+    assert args.training_script_args == ["--data", "a b.tsv", "--preset", "own"]
 
 
 SCRIPTS = {

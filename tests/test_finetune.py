@@ -1004,6 +1004,20 @@ def test_a_signal_to_an_evaluating_run_saves(folder, tune, capsys, delays):
     assert evaluated == list(range(1, step))
 
 
+def test_what_was_trained_is_saved_before_an_evaluation(folder, tune, monkeypatch):
+    """A signal waits for its end, and whoever sent it may not."""
+    saved = []
+    real = evaluate.predict
+
+    def predict(*args, **options):
+        saved.append(load_checkpoint(folder / "run" / "last.pt")["step"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(finetune, "predict", predict)
+    assert tune(*TINY, "--save_every", 100) == 0
+    assert saved == [6, 12]
+
+
 @pytest.mark.parametrize("preset", [
     "as2m", pytest.param("as20k", marks=pytest.mark.long), pytest.param("spcv2", marks=pytest.mark.long),
 ])  # fmt: skip

@@ -727,7 +727,70 @@ def test_a_piece_deep_in_a_long_file_is_called_slow_once(av, tmp_path, capsys):
     assert capsys.readouterr().err.count("`prepare.py pack` decodes them once") == 1
 
 
+def tags_at_the_end() -> dict[str, bytes]:
+    """Tags of mp3 whose length is in their last bytes only."""
+    item = struct.pack("<II", 6000, 0) + b"Lyrics\0" + b"la " * 2000
+    ape = item + b"APETAGEX" + struct.pack("<III", 1000, len(item) + 32, 1) + bytes(12)
+    lyrics = b"LYRICSBEGINLYR06000" + b"la " * 2000
+    lyrics += b"%06dLYRICS200" % len(lyrics)
+    id3 = b"TAG" + bytes(125)
+    return {"ape": ape, "ape, id3": ape + id3, "lyrics, id3": lyrics + id3}
+
+
+@pytest.mark.parametrize("name", tags_at_the_end())
+def test_tags_at_the_end_of_an_mp3_are_no_sound(tmp_path, name):
+    data = mp3(5)
+    (tmp_path / "x.mp3").write_bytes(data)
+    (tmp_path / "y.mp3").write_bytes(data + tags_at_the_end()[name])
+    assert count_samples(tmp_path / "y.mp3") == count_samples(tmp_path / "x.mp3")
+
+
+def test_headers_that_do_not_say_how_long_a_file_is(tmp_path):
+    """A recorder that lost its power, an encoder that wrote to a pipe; an empty file is still empty."""
+    wav = tmp_path / "x.wav"
+    soundfile.write(wav, noise(5, 16_000, 1, 0), 16_000)
+    data = wav.read_bytes()
+    wav.write_bytes(data[:40] + bytes(4) + data[44:])
+    with pytest.raises(InputError, match="says that it is empty, but sound follows: convert it"):
+        count_samples(wav)
+    wav.write_bytes(data[:40] + bytes(4))
+    with pytest.raises(InputError, match="too short"):
+        count_samples(wav)
+    flac = tmp_path / "x.flac"
+    soundfile.write(flac, noise(5, 16_000, 1, 0), 16_000)
+    data = bytearray(flac.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    flac.write_bytes(data)
+    with pytest.raises(InputError, match="does not say how long it is: convert it"):
+        count_samples(flac)
+
+
+def test_a_matroska_file_whose_clock_begins_later(tmp_path):
+    """A piece cut from a longer recording is whole."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "x.mka"), "w") as container:
+        track = container.add_stream("flac", rate=16_000, layout="mono")
+        samples = (noise(6, 16_000, 1, 0).reshape(1, -1) * 32767).astype(np.int16)
+        for start in range(0, samples.shape[1], 4000):
+            frame = av.AudioFrame.from_ndarray(samples[:, start : start + 4000], format="s16", layout="mono")
+            frame.sample_rate = 16_000
+            frame.pts = 20 * 16_000 + start
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    n_samples, remark = count_samples(tmp_path / "x.mka")
+    assert (n_samples, remark) == (96_000, "")
+
+
 # ----- Libraries, replaced files, mutated files ------------------------------------------------------------
+
+
+def test_warnings_of_torch_are_shown(tmp_path):
+    """Its loggers write to the stderr of the import, which is silenced."""
+    code = "import logging, torch\nfrom evaluate import run_script\ndef main():\n"
+    code += " logging.getLogger('torch._dynamo').warning('recompiled')\n return 0\nrun_script(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.count("recompiled") == 1
 
 
 def test_warnings_of_libraries_are_kept_from_stderr_and_those_of_python_are_not(tmp_path):

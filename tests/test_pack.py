@@ -1,5 +1,6 @@
 """Packed copies of manifests, tar and parquet files: `extras/prepare.py pack`, extras/shards.py."""
 
+import gzip
 import io
 import json
 import os
@@ -408,6 +409,7 @@ def test_a_tar_as_audioset_has_it(tmp_path, script, form):
     ({".json": b'{"target": 5, "category": "Bark"}'}, ["Bark"]),
     ({".cls": b"7"}, ["7"]), ({".cls": b"Bark\n"}, ["Bark"]), ({".txt": b"Bark"}, ["Bark"]), ({}, []),
     ({".txt": b"a dog barks", ".json": b'{"label": "Bark"}'}, ["Bark"]),
+    ({".json": b'{"labels": "dog,cat"}'}, ["dog", "cat"]), ({".json": b'{"labels": "Bark, loud"}'}, ["Bark; loud"]),
     ({".json": b'["Bark"]'}, []), ({".json": b'{"label": null}'}, []), ({".png": b"x", ".cls": b"0"}, ["0"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_before", [False, True])
@@ -559,6 +561,7 @@ def test_a_large_tar_takes_little_memory(tmp_path):
     ("x.parquet", POINTER, "a Git LFS pointer"), ("x.parquet", b"PAR1" + bytes(1000), "is no parquet file"),
     ("x.tar.gz", b"\x1f\x8b\x08\0\0", "unpack or rename it"), ("gone.tar", None, "no file .*gone.tar"),
     ("*.tar", None, "no file .*[*].tar"), ("x.tar", "folder", "no file"),
+    ("x.tar", gzip.compress(bytes(20_480)), "it is compressed: unpack it"),
 ])  # fmt: skip
 def test_shards_that_are_none_are_named_before_the_work(tmp_path, name, data, message):
     """In one line; another shard before it is not begun."""
@@ -632,6 +635,9 @@ def test_a_parquet_file_as_audioset_has_it(tmp_path, script, write_parquet):
     (dict(classID=[3, 1], **{"class": ["dog_bark", "car_horn"]}), None, [["dog_bark"], ["car_horn"]]),
     (dict(target=[3, 1], category=["dog", "cat"], fold=[1, 2]), None, [["dog"], ["cat"]]),
     (dict(speaker=["Ann", "Bob"]), None, [[], []]),
+    (dict(label=["dog", "cat"]), {"label": {"names": ["cat", "dog"]}}, [["dog"], ["cat"]]),
+    (dict(label=[1.0, 0.0]), {"label": {"names": ["cat", "dog"]}}, [["dog"], ["cat"]]),
+    (dict(label=["dog", "cat"]), ["no object"], [["dog"], ["cat"]]),
 ])  # fmt: skip
 def test_labels_of_parquet_columns(tmp_path, write_parquet, columns, features, labels):
     """Of the Hub's audio sets: integers with names and without, texts, lists."""
@@ -656,6 +662,33 @@ def test_sound_in_other_columns(tmp_path, write_parquet):
         write_parquet("d.parquet", columns)
         with pytest.raises(InputError, match="which of the columns .* is the sound"):
             prepare.pack([str(tmp_path / "d.parquet")], str(tmp_path / "d.tsv"))
+
+
+def test_a_row_of_any_kind_costs_itself(tmp_path, write_parquet):
+    """Addresses as paths, other types, labels without end: the other rows are packed."""
+    address = "https://x.org/a.wav?Signature=" + "a" * 300
+    rows = [{"bytes": clip_bytes(i), "path": path} for i, path in enumerate([address, "x.\0wav", "\x1b[31m.wav"])]
+    write_parquet("a.parquet", dict(audio=rows))
+    write_parquet("b.parquet", dict(audio=[[row] for row in rows]))
+    write_parquet("c.parquet", dict(audio=sounds(2), label=["[" * 3000 + "1", "dog"]))
+    assert pack(tmp_path, "a.parquet", "b.parquet", "c.parquet") == 0
+    names = [row[0].removeprefix(str(tmp_path)) for row in rows_of(tmp_path / "packed.tsv")]
+    expected = [f"/a.parquet/{address}", "/a.parquet/x.\\x00wav", "/a.parquet/\\x1b[31m.wav"]
+    assert names[:3] == expected
+    assert names[3:] == ["/c.parquet/clip 0.flac", "/c.parquet/clip 1.flac"]
+    assert list(bad_of(tmp_path / "packed.tsv").values()) == ["the row holds no sound"] * 3
+
+
+def test_a_sidecar_of_any_kind_costs_its_clip(tmp_path):
+    files = {}
+    deep = '{"label": ' + "[" * 900 + "1" + "]" * 900 + "}"
+    for i, text in enumerate([deep, '{"label": "dog"}']):
+        files[f"{i}.wav"] = clip_bytes(i)
+        files[f"{i}.json"] = text.encode()
+    write_tar(tmp_path / "x.tar", files)
+    assert pack(tmp_path, "x.tar") == 0
+    assert [row[2] for row in rows_of(tmp_path / "packed.tsv")] == ["dog"]
+    assert list(bad_of(tmp_path / "packed.tsv")) == [f"{tmp_path}/x.tar/0.wav"]
 
 
 def test_a_damaged_group_of_rows_costs_itself(tmp_path, capsys, write_parquet):

@@ -705,6 +705,40 @@ def test_bad_files_are_skipped_and_listed(folder, script):
     assert n_bad >= len(bad) * (80 // n_items)
 
 
+def test_bad_files_are_listed_when_a_run_stops(folder, train, monkeypatch):
+    """Also those met since the last log line."""
+    bad = bad_files(folder)
+    with open(folder / "manifest.tsv", "a") as file:
+        file.writelines(f"{name}\t16000\n" for name in bad)
+    real_step = pretrain.train_step
+    n_steps = []
+
+    def train_step(*args):
+        n_steps.append(1)
+        if len(n_steps) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return real_step(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", train_step)
+    args = [*PLAIN, "--out_dir", "run", "--max_bad_fraction", 1, "--log_every", 100]
+    assert train(*args) == 128 + signal.SIGTERM
+    listed = (folder / "run" / "bad_files.tsv").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == sorted(bad)
+
+
+def test_a_log_that_is_removed_does_not_end_the_run(folder, train, monkeypatch):
+    real_step = pretrain.train_step
+
+    def train_step(*args):
+        (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+        return real_step(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", train_step)
+    assert train(*PLAIN, "--out_dir", "run", "--log_every", 100, "--save_every", 4) == 0
+    assert [line["step"] for line in read_log(folder / "run")] == [10]
+    assert load_checkpoint(folder / "run" / "last.pt")["step"] == 10
+
+
 @pytest.mark.parametrize("args, message", [
     (["--data", "nothing.tsv"], "cannot read the manifest nothing.tsv"),
     (["--data", "broken.tsv"], "broken.tsv, line 2"),
