@@ -247,11 +247,12 @@ def length(path: Path) -> str:
 
 def write_manifests(name: str, clips: list[Clip], out: Path, root: str) -> None:
     """OUT/SET.tsv, or OUT/SET_train.tsv and OUT/SET_test.tsv; with folds OUT/SET_train1.tsv and so on too.
-    Those of words are written again for ten of them."""
+    Those of words are called words35, and written again for ten of them, words10."""
     lists = defaultdict(list)
     for clip in clips:
         line = "\t".join([f"{name}/{clip.path}", clip.n_samples, clip.label]).rstrip("\t")
-        lists[f"{name}_{clip.split}" if clip.split else name].append(line)
+        title = {"words": "words35"}.get(name, name)
+        lists[f"{title}_{clip.split}" if clip.split else title].append(line)
         for fold in "12345" if clip.fold else "":
             lists[f"{name}_{'test' if clip.fold == fold else 'train'}{fold}"].append(line)
         if name == "words" and clip.label in TEN_WORDS:
@@ -288,7 +289,7 @@ def main() -> None:
             except OSError as error:
                 print(f"voices: {error}")
         n_clips = sum(map(len, todo.values()))
-        with tqdm(total=n_clips, unit="clip") as bar, ThreadPool(args.workers) as pool:
+        with tqdm(total=n_clips, unit="clip", disable=None) as bar, ThreadPool(args.workers) as pool:
             same = (args.out, cache, speech, bar)
             jobs = [(name, folders[name], clips, *same) for name, clips in todo.items()]
             pool.starmap(build_package, jobs, chunksize=1)

@@ -1,6 +1,6 @@
-"""The picture of the demo's table: python extras/runs/worth.py runs/demo_table -o worth.png
+"""The picture of the demo's tables: python extras/runs/worth.py runs/demo_table -o worth.png
 
-A bar for each way to use 400 labelled clips, with the deviation over seeds; the log-mel input as a line.
+A bar for each way to use the labelled clips, with the deviation over seeds and a point for each seed.
 """
 
 import argparse
@@ -15,46 +15,61 @@ from extras.plot import plt  # noqa: E402
 TUNED = "fine-tuned, pre-trained"
 SCRATCH = "fine-tuned, from scratch"
 PROBE = "linear probe, "
+GREY = "0.75"  # not pre-trained
+SHIPPED = "the encoder that\ncomes with the code"
+# title of a group of bars: (label, table, its row, colour)
+GROUPS = {
+    "ten words, fine-tuned": [
+        ("from scratch", "demo", SCRATCH, GREY),
+        ("from scratch,\n4 times the updates", "scratch4", SCRATCH, GREY),
+        ("4 minutes of\npre-training", "demo", TUNED, "C0"),
+        (SHIPPED, "shipped", TUNED, "C0"),
+    ],
+    "35 words, fine-tuned": [
+        ("from scratch", "words35", SCRATCH, GREY),
+        (SHIPPED, "words35", TUNED, "C0"),
+    ],
+    "ten words, frozen, linear probe": [
+        ("log-mel, without\na network", "demo", f"{PROBE}log-mel", GREY),
+        ("untrained\nnetwork", "demo", f"{PROBE}random encoder", GREY),
+        ("4 minutes of\npre-training", "demo", f"{PROBE}pre-trained", "C0"),
+        (SHIPPED, "shipped", f"{PROBE}pre-trained", "C0"),
+    ],
+}
 
 
 def draw(tables: dict[str, dict[str, list[float]]]):
-    """`tables`: what compare.py found in the folders demo, shipped and scratch4."""
-    demo = tables["demo"]
-    shipped = tables["shipped"]
-    bars = [
-        ("from scratch", SCRATCH, demo, "0.7"),
-        ("from scratch,\n4 times the updates", SCRATCH, tables["scratch4"], "0.7"),
-        ("4 minutes of\npre-training", TUNED, demo, "C0"),
-        ("the encoder that\ncomes with the code", TUNED, shipped, "C0"),
-        ("untrained", PROBE + "random encoder", demo, "0.7"),
-        ("4 minutes", PROBE + "pre-trained", demo, "C1"),
-        ("the encoder that\ncomes with the code", PROBE + "pre-trained", shipped, "C1"),
-    ]
-    figure, axis = plt.subplots(figsize=(9, 3.4))
-    for x, (_, row, table, colour) in zip((0, 1, 2, 3, 4.5, 5.5, 6.5), bars):
-        scores = table[row]
-        style = dict(color=colour)
-        if len(set(scores)) > 1:
-            style |= dict(yerr=statistics.stdev(scores), capsize=4)
-        axis.bar(x, statistics.mean(scores), 0.75, **style)
-        axis.plot([x] * len(scores), scores, "k.", ms=4)
-    axis.axhline(statistics.mean(demo[PROBE + "log-mel"]), color="k", ls="--", lw=1)
-    axis.text(7.05, demo[PROBE + "log-mel"][0] + 0.01, "linear model\nof the log-mel", fontsize=8)
-    axis.set_xticks((0, 1, 2, 3, 4.5, 5.5, 6.5), [bar[0] for bar in bars], fontsize=7)
-    axis.set(xlim=(-0.6, 8.2), ylim=(0, 0.9), ylabel="accuracy, ten words")
-    for x, title in ((1.5, "fine-tuned"), (5.5, "frozen, linear probe by bands")):
-        axis.text(x, 0.85, title, ha="center")
+    """`tables`: name -> what compare.py wrote in the folder of that name."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.4), sharey=True, width_ratios=(4, 2.2, 4))
+    for axis, (title, bars) in zip(panels, GROUPS.items()):
+        bars = [bar for bar in bars if bar[1] in tables]
+        for x, (_, name, row, colour) in enumerate(bars):
+            scores = tables[name][row]
+            mean = statistics.mean(scores)
+            axis.bar(x, mean, 0.75, color=colour, edgecolor="k", linewidth=0.5)
+            axis.text(x, 0.02, f"{mean:.2f}", ha="center", fontsize=8)
+            if len(set(scores)) > 1:
+                axis.errorbar(x, mean, statistics.stdev(scores), color="k", capsize=4)
+                axis.plot([x] * len(scores), scores, "k.", ms=4)
+        axis.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
+        axis.set_title(title, fontsize=10)
+    panels[0].set(ylim=(0, 0.9), ylabel="accuracy, mean ± deviation of seeds")
     return figure
 
 
-if __name__ == "__main__":
+def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("runs", type=Path, help="folder that demo.sh filled")
     parser.add_argument("-o", "--output", default="worth.png")
     args = parser.parse_args()
     found = {}
-    for name in ("demo", "shipped", "scratch4"):
-        paths = (args.runs / f"{name}.json", args.runs / name / "table.json")
-        found[name] = json.loads(next(filter(Path.exists, paths)).read_text())["accuracy"]
+    for name in ("demo", "shipped", "scratch4", "words35"):
+        for path in (args.runs / f"{name}.json", args.runs / name / "table.json"):
+            if path.exists():
+                found[name] = json.loads(path.read_text())["accuracy"]
     draw(found).savefig(args.output, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
