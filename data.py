@@ -135,7 +135,7 @@ def open_audio(path: str | Path) -> Iterator:
         raise InputError("a broken link" if os.path.islink(path) else "no such file")
     try:
         try:
-            name = str(path) if os.name == "nt" else os.fsencode(path)  # it need not be UTF-8
+            name = path if os.name == "nt" else os.fsencode(path)  # it need not be UTF-8
             file = soundfile.SoundFile(name)
         except soundfile.LibsndfileError as error:
             from extras.media import open_other

@@ -372,14 +372,14 @@ def init_distributed(timeout: float = 30, alone: bool = False) -> tuple[int, int
         libc = ctypes.CDLL(None)  # keep freed memory: fresh pages cost a tenth of a small update
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if world == 1:
+    if world <= 1:
+        os.environ["RANK"] = "0"  # whatever a batch system has set
         return 0, 1, device
     limit = datetime.timedelta(minutes=timeout)
     try:
         # torchrun's restarts share a store, and would find stale addresses in it (pytorch#135712)
         store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (ValueError, RuntimeError) as error:
         others = f"the other {world - 1} processes of WORLD_SIZE (torchrun starts them)"

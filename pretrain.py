@@ -498,7 +498,7 @@ class Run:
         self.say("  ".join(shown))
 
     def add(self, name: str, lines: list[str]) -> None:
-        """Append lines that are not there yet to a file in the run folder; a full disk loses them, not the run."""
+        """Append new lines to a file in the run folder; a full disk loses them, not the run."""
         if self.rank > 0 or not lines:
             return
         try:

@@ -123,10 +123,12 @@ def fine_tune(config: FinetuneConfig) -> float:
     if status:  # it has said why
         sys.exit(status)
     scores = []
-    for line in Path(config.out_dir, "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # others may have written there
-            scores.append(json.loads(line).get(config.metric))
-    return [score for score in scores if score is not None][-1]
+    for line in Path(config.out_dir, "log.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # others may have written there
+            scores.append(float(json.loads(line)[config.metric]))
+    if not scores:
+        raise InputError(f"{config.out_dir}/log.jsonl has no {config.metric}: remove the folder")
+    return scores[-1]
 
 
 def log_mel_statistics(spec: Tensor) -> Tensor:

@@ -28,7 +28,15 @@ PLAIN = r"(label|class|category|species|target|choice|annotation|tag|categorie)(
 SEVERAL = r"(labels|classes|categories|targets|choices|annotations|tags)$"  # a cell may list several
 SAMPLE = 1000  # rows that tell which column names the files
 SWITCHES = {"0", "1", "0.0", "1.0", "false", "true"}  # of a table with a column for each class
-NO_CLASS = "^(unnamed.*|index|id|fold|split)?$"  # titles that are no class there
+# Titles that are no class there, and that are no label although they begin like one
+NO_CLASS = "^(unnamed.*|index|id|fold|split|train|test|valid(ation)?|is_.*|duration|length|channels?)?$"
+NO_LABEL = (
+    r"^(annotator|label+er|tagger|classifier)|^annotation[_ ]?id$|"
+    r"[_ -](date|time|count|sr|wpm|rate|quality|confidence|score|by)$"
+)
+FILE_TITLE = "^(file|fname|path|audio|clip|wav|recording|sound)"  # of two columns of files the better one
+POOR_TITLE = "^(unnamed.*|index|.*id|speaker.*)?$"
+MISSING = {"NA", "NaN", "nan", "null"}  # a cell without label, as other tools write it
 
 
 def nfc(text: str) -> str:
@@ -37,8 +45,8 @@ def nfc(text: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name in one line: tabs, line breaks and other control characters as in Python."""
-    return re.sub(r"[\0-\x1f\x7f]", lambda match: repr(match[0])[1:-1], name)
+    """A name in one line: tabs, line breaks and what a terminal obeys as in Python."""
+    return re.sub(r"[\0\t\n\r\x1b]", lambda match: repr(match[0])[1:-1], name)
 
 
 def is_number(text: str) -> bool:
@@ -84,20 +92,24 @@ def rows_of_json(text: str) -> list[list[str]]:
     rows = [titles]
     for record in records:
         cells = [record.get(title, "") for title in titles]
+        cells = ["" if cell is None else cell for cell in cells]
         rows.append([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
     return rows
 
 
 def readings(path: str | os.PathLike) -> Iterator[list[list[str]]]:
     """The rows of a table, in each encoding and with each delimiter that it may have."""
+    csv.field_size_limit(2**31 - 1)
     for text in decodings(path):
         if text.lstrip()[:1] == "[":
             try:
-                yield rows_of_json(text)
+                rows = rows_of_json(text)
+                yield rows
+                return
             except (ValueError, TypeError, AttributeError, RecursionError):
                 pass  # a list of something else, or a label such as [noise]
         lines = [line for line in io.StringIO(text, newline="") if not re.match(r"#\s", line)]
-        delimiters = ",;\t"
+        delimiters = ",;\t|"
         stated = re.match(r'"?sep=(.)', lines[0]) if lines else None  # a hint to spreadsheets
         if stated:
             delimiters = stated[1]
@@ -217,14 +229,23 @@ def has_suffix(cell: str) -> bool:
 
 
 def has_titles(rows: list[list[str]], files: Files) -> bool:
-    """Whether no cell of the first row is a file, or looks like one."""
-    return not any(has_suffix(cell) or files.find(cell)[0] for cell in rows[0])
+    """Whether no cell of the first row is a file, or looks like one. A title may be the name of a file
+    without its suffix: then the cells below it have one, or are no files."""
+    for column, cell in enumerate(rows[0]):
+        if has_suffix(cell):
+            return False
+        if files.find(cell)[0]:
+            below = [row[column] for row in rows[1:SAMPLE] if column < len(row)]
+            is_file = any(files.find(other)[0] for other in below) and not any(map(has_suffix, below))
+            if is_file or not below:
+                return False
+    return True
 
 
-def file_column(rows: list[list[str]], files: Files, step: int) -> tuple[int, int, int]:
-    """The column that names most files: (files named with suffix, files named in all, minus its number). Only
-    every `step`-th row is used."""
-    best = (0, 0, 0)
+def file_column(rows: list[list[str]], files: Files, step: int) -> tuple[int, int, int, int]:
+    """The column that names most files: (files named with suffix, files named in all, 1 if its title says so
+    or -1 if it says otherwise, minus its number). Only every `step`-th row is used."""
+    best = (0, 0, 0, 0)
     is_titled = has_titles(rows, files)
     rows = rows[::step]
     for column in range(max(map(len, rows))):
@@ -236,7 +257,11 @@ def file_column(rows: list[list[str]], files: Files, step: int) -> tuple[int, in
             path, _ = files.find(cell)
             if path:
                 found[path] = found.get(path) or has_suffix(cell)
-        best = max(best, (sum(found.values()), len(found), -column))
+        title = 0
+        if is_titled:
+            title = bool(re.search(FILE_TITLE, cells[0].strip().lower()))
+            title -= bool(re.search(POOR_TITLE, cells[0].strip().lower()))
+        best = max(best, (sum(found.values()), len(found), title, -column))
     return best
 
 
@@ -263,8 +288,11 @@ def titled_columns(rows: list[list[str]], file: int, width: int) -> Columns | No
         return [i for i in columns if re.search(pattern, titles[i].lower())]
 
     plain = matching(f"^{PLAIN}$")
-    labels = plain or matching(f"^({WORDS})") or matching(f"{PLAIN}$")[:1]
+    begun = [i for i in matching(f"^({WORDS})") if i not in matching(NO_LABEL)]
+    labels = plain or begun or matching(f"{PLAIN}$")[:1]
     switches = [i for i in columns if cells[i] <= SWITCHES and i not in matching(NO_CLASS)]
+    if len(plain) > 1 and set(plain) <= set(switches):
+        return Columns(file, plain, titles, is_one_hot=True)
     if not plain and len(switches) > 1 and set(labels) <= set(switches):
         return Columns(file, switches, titles, is_one_hot=True)
     names = [i for i in labels if not all(map(is_number, cells[i]))]
@@ -294,11 +322,11 @@ def read_labels(table: str | os.PathLike, folder: str | os.PathLike, paths: list
     files = Files(folder, paths, table)
     tables = [rows for rows in readings(table) if rows] or [[["nothing"]]]
     scores = [file_column(rows, files, max(1, len(rows) // SAMPLE)) for rows in tables]
-    if not any(n_found for _, n_found, _ in scores):
+    if not any(n_found for _, n_found, _, _ in scores):
         scores = [file_column(rows, files, 1) for rows in tables]
     best = max(scores)
     rows = tables[scores.index(best)]
-    columns = choose_columns(rows, -best[2], files) if best[1] else None
+    columns = choose_columns(rows, -best[3], files) if best[1] else None
     if columns is None:
         first = ", ".join(rows[0])[:100]
         name = str(paths[0].relative_to(folder))
@@ -325,6 +353,8 @@ def collect(rows: list[list[str]], columns: Columns, files: Files) -> Labels:
         for i in columns.labels:
             value = row[i].strip() if i < len(row) else ""
             title = columns.titles[i] if columns.titles else ""
+            if value in MISSING:
+                value = ""
             if not columns.is_one_hot:
                 found[path] += labels_in(value, bool(re.search(SEVERAL, title.lower())))
             elif value.lower() in ("1", "1.0", "true"):

@@ -31,10 +31,13 @@ from data import (
     open_audio, resample, whole_rate,
 )  # fmt: skip
 
-OTHER_SUFFIXES = ".m4a .m4b .mp4 .mov .aac .webm .mka .mkv .wma .amr .ape".split()  # read by PyAV
-AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
-AUDIO_SUFFIXES.update(OTHER_SUFFIXES)
-TOOL_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+# Read by PyAV
+OTHER_SUFFIXES = ".m4a .m4b .m4v .mp4 .mov .3gp .aac .webm .mka .mkv .wma .amr .ape".split()
+AUDIO_SUFFIXES = set(".wav .wave .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .aifc .au .snd .caf".split())
+AUDIO_SUFFIXES.update([".w64", ".rf64", *OTHER_SUFFIXES])
+TOOL_FOLDERS = {
+    "__macosx", "@eadir", "$recycle.bin", "lost+found", "#recycle", "@recycle", "system volume information",
+}  # fmt: skip
 # What FFmpeg may use: no demuxer of playlists, and none of what libsndfile reads
 DEMUXERS = "aac,amr,amrnb,amrwb,ape,asf,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
 DECODERS = (
@@ -92,7 +95,7 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in TOOL_FOLDERS
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in TOOL_FOLDERS
 
 
 def what_is(path: str | os.PathLike) -> str:
@@ -479,6 +482,9 @@ class WholeFile:
         said = []
         if self.missed > 0.2:
             said.append(f"claims {claimed:.1f} s and holds {claimed + self.missed:.1f} s")
+        missing = missing_bytes(self.raw)
+        if missing:
+            said.append(f"it is cut: its header claims {missing:,} bytes more")
         if self.decoded < self.claimed - slack:
             said.append(f"claims {claimed:.2f} s, {decoded:.2f} s can be decoded")
         if self.damaged:
@@ -510,6 +516,19 @@ def claimed_seconds(path: str | os.PathLike) -> float:
             return claimed_frames(file) / file.samplerate
     except InputError:
         return 0.0
+
+
+def missing_bytes(raw) -> int:
+    """How many bytes less than its first header says a wav or aiff file has, 0 if that cannot be."""
+    raw.seek(0)
+    head = raw.read(8)
+    if head[:4] not in (b"RIFF", b"FORM"):
+        return 0
+    claimed = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big")
+    if claimed > 2**31 - 2**16:  # what writers to a pipe put there, or the end of 31 and 32 bits
+        return 0
+    missing = claimed + 8 - os.fstat(raw.fileno()).st_size
+    return missing if missing > 1000 else 0  # some count a few bytes wrongly
 
 
 def last_page(file, raw) -> int:
@@ -604,14 +623,14 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
                 pass
         remark = whole.remark()
         seconds = whole.readable / whole.rate
-        if whole.readable < whole.decoded:
+        if clip_samples(CLIP_FRAMES) / SAMPLE_RATE < seconds and whole.readable < whole.decoded:
             pieces = f"only `prepare.py pack` reads what follows {seconds:.2f} s"
             remark = f"{remark}; {pieces}".removeprefix("; ")
         n_samples = whole.readable * SAMPLE_RATE // whole.rate
         is_broken = whole.is_broken
         if not whole.claimed and whole.behind > 1000:
             raise InputError("its header says that it is empty, but sound follows: convert it")
-        if whole.missed > LEFT_OVER + 0.02 * seconds:
+        if whole.missed > LEFT_OVER + min(10, 0.02 * seconds):
             raise InputError(f"{remark}: convert it")
     if n_samples < FRAME_LENGTH:
         raise InputError(f"too short: {seconds:.3f} s, a frame has 0.025 s; {remark}".removesuffix("; "))
@@ -621,7 +640,7 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
         try:
             load_audio(path, 0, clip_samples(CLIP_FRAMES), allow_silence=True)  # at least its first piece
         except InputError as error:
-            raise InputError(f"{error} ({remark})") from None
+            raise InputError(f"{error} ({remark}): convert it") from None
     return n_samples, remark
 
 

@@ -133,8 +133,10 @@ def check_output(output: str, can_replace: bool) -> Manifest | None:
         if old is None or old.root.endswith(".pcm"):
             raise InputError(f"{output} exists: remove it or choose another name")
     bad = Path(f"{output}.bad")
-    if bad.exists() and any(line.count(b"\t") != 1 for line in bad.read_bytes().split(b"\n")[:-1]):
-        raise InputError(f"{bad} exists: remove it or choose another name")
+    if bad.exists():
+        *lines, rest = bad.read_bytes().split(b"\n")
+        if rest or any(line.count(b"\t") != 1 for line in lines):
+            raise InputError(f"{bad} exists: remove it or choose another name")
     return old
 
 
@@ -478,9 +480,13 @@ def finish(partial: Path, pcm: Path, output: str) -> int:
     if next(texts("clip"), None) is None:
         partial.unlink()  # to begin anew
         pcm.unlink()
-        raise InputError(f"no clip can be read: see {output}.bad")
+        if os.path.exists(f"{output}.bad"):
+            raise InputError(f"no clip can be read: see {output}.bad")
+        raise InputError("there are no files with the suffix of audio in it")
     write_lines(output, itertools.chain([pcm.name], texts("clip")))
     summarize(output, texts("clip"), list(texts("left out")), sum(1 for _ in texts("kept")))
+    if all(text.count("\t") < 2 for text in texts("clip")):
+        print("no clip has a label")
     status = 0
     for text in texts("lost"):
         print(f"WARNING: clips are missing: {text.expandtabs(1)}", file=sys.stderr)

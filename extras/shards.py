@@ -11,11 +11,11 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data import InputError, first_line
-from extras.media import AUDIO_SUFFIXES, what_is
+from extras.media import AUDIO_SUFFIXES, is_hidden, what_is
 from extras.labels import SEVERAL, WORDS, is_number, labels_in, printable
 
 BLOCK = tarfile.BLOCKSIZE
@@ -74,11 +74,14 @@ class Labeller:
     def __call__(self, record: dict, names: dict[str, list[str]] | None = None) -> list[str]:
         """The labels of a clip; `names` has the labels that its integers stand for. Raises InputError if
         there are labels, but no field whose labels are among the classes."""
-        others = [field for field in record if field not in FIELDS and re.match(WORDS, field.lower())]
+        names = names or {}
+        others = [field for field in record if re.match(WORDS, field.lower()) or field in names]
         found = []
-        for field in (*FIELDS, *others):
+        for field in dict.fromkeys([*FIELDS, *others]):
+            if is_multi_hot(record.get(field)):
+                raise InputError(f"its {field} are zeros and ones, not names or indices: convert them")
             labels = labels_in(record.get(field), bool(re.search(SEVERAL, field.lower())))
-            if names and field in names:
+            if field in names:
                 own = {str(i): name for i, name in enumerate(names[field])}
                 labels = [label.removesuffix(".0") for label in labels]
                 labels = [own.get(label, label) for label in labels if label != "-1"]  # -1: none
@@ -91,6 +94,14 @@ class Labeller:
             if self.known.keys() >= set(labels):
                 return [self.known[label] for label in labels]
         raise InputError(f"its label {found[0][0]!r} is not among --classes")
+
+
+def is_multi_hot(value: object) -> bool:
+    """Whether a list has a 0 or a 1 for each class: indices would not be repeated."""
+    if not isinstance(value, list):
+        return False
+    found = set(map(str, value))
+    return len(found) < len(value) and found <= {"0", "1"}
 
 
 # ----- tar -------------------------------------------------------------------------------------------------
@@ -169,8 +180,8 @@ def group_entries(path: str, group: list[tarfile.TarInfo], labeller: Labeller) -
     if texts and not sounds:
         yield Entry(f"{path}/{texts[0].name}", problem="no sound beside it")
     for sound in sounds:
-        if posixpath.basename(sound.name).startswith("."):
-            continue  # what macOS adds
+        if any(map(is_hidden, PurePosixPath(sound.name).parts)):
+            continue  # what macOS and others add
         name = f"{path}/{sound.name}"
         stem = posixpath.splitext(sound.name)[0]
         own = [text for text in texts if posixpath.splitext(text.name)[0] == stem] or texts
@@ -256,7 +267,7 @@ def parquet_entries(path: str, labeller: Labeller) -> Iterator[Entry]:
     column = sound_column(path, file.schema_arrow)
     names = class_names(file.schema_arrow)
     columns = [name for name in file.schema_arrow.names if name != column]
-    columns = [name for name in columns if name in FIELDS or re.match(WORDS, name.lower())]
+    columns = [name for name in columns if name in (*FIELDS, *names) or re.match(WORDS, name.lower())]
     n_before = 0
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows

@@ -77,6 +77,8 @@ def write_table(out: str, checkpoint: str, model: AudioClassifier, counts: Tenso
     If the name is taken, to another; warns if that is impossible."""
     place = out or checkpoint
     path = Path(out or "per_class.csv")
+    if not out and os.path.exists(os.path.join(os.path.dirname(checkpoint), "log.jsonl")):
+        place = os.path.dirname(checkpoint)  # the run folder of a last.pt
     if os.path.isdir(place):
         path = Path(place, "per_class.csv")
     rows = [("label", "name", "clips", "average_precision")]

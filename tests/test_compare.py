@@ -336,6 +336,8 @@ def test_a_finished_fine_tuning_is_not_made_again(pretrained, called, tune):
     assert tune(*TINY, "--out_dir", "run/pretrained") == 0
     run = pretrained / "run" / "pretrained"
     made = (run / "last.pt").stat().st_mtime_ns
+    with open(run / "log.jsonl", "ab") as log:
+        log.write(b'null\n[1]\n7\n"x"\n\xff\n{"accuracy": null}\n')
     said = called(compare, *args).stdout
     assert "run/pretrained, from update 2: " in said
     assert (run / "last.pt").stat().st_mtime_ns == made

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import warnings
 from dataclasses import asdict, replace
 
@@ -520,6 +521,22 @@ def test_scores_are_those_of_the_networks_outputs(classifier, called):
 def table_of(path) -> list[dict]:
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_table_of_a_checkpoint_in_a_run_folder_goes_there(classifier, called):
+    (classifier / "run").mkdir()
+    (classifier / "run" / "log.jsonl").touch()
+    os.replace(classifier / "classifier.pt", classifier / "run" / "last.pt")
+    called(evaluate, "run/last.pt", "manifest.tsv", "--workers", 0)
+    assert (classifier / "run" / "per_class.csv").exists()
+    assert not (classifier / "per_class.csv").exists()
+
+
+@pytest.mark.parametrize("env", [dict(RANK="1"), dict(RANK="3", WORLD_SIZE="1")])
+def test_a_rank_without_other_processes_prints(classifier, script, env):
+    """As some batch systems set it."""
+    result = script("evaluate.py", "classifier.pt", "manifest.tsv", **env)
+    assert json.loads(result.stdout)["clips"] == 8
 
 
 def test_two_processes_score_what_one_does(classifier, called, script):

@@ -158,6 +158,16 @@ def test_what_we_write_is_read_back_as_it_was(audio, train):
     assert sorted(listed) == sorted([*names[::2], "c\rr.wav"])  # each once, in eight logs
 
 
+@pytest.mark.parametrize("text", ["my notes", "a line\n", "name\tnote\nand more"])
+def test_a_bad_file_of_others_stays(audio, text):
+    soundfile.write(audio / "here.wav", tone(8000).numpy(), 16_000)
+    bad = audio.parent / "m.tsv.bad"
+    bad.write_text(text)
+    with pytest.raises(InputError, match="m.tsv.bad exists: remove it"):
+        prepare.scan(str(audio), str(audio.parent / "m.tsv"))
+    assert bad.read_text() == text
+
+
 def test_broken_links_are_listed(audio, capsys):
     """A broken link with the name of audio is a missing file; any other may have been a folder, and is told."""
     soundfile.write(audio / "here.wav", tone(8000).numpy(), 16_000)

@@ -561,7 +561,7 @@ def test_a_large_tar_takes_little_memory(tmp_path):
     ("x.parquet", POINTER, "a Git LFS pointer"), ("x.parquet", b"PAR1" + bytes(1000), "is no parquet file"),
     ("x.tar.gz", b"\x1f\x8b\x08\0\0", "unpack or rename it"), ("gone.tar", None, "no file .*gone.tar"),
     ("*.tar", None, "no file .*[*].tar"), ("x.tar", "folder", "no file"),
-    ("x.tar", gzip.compress(bytes(20_480)), "it is compressed: unpack it"),
+    ("x.tar", gzip.compress(bytes(20_480), mtime=0), "it is compressed: unpack it"),
 ])  # fmt: skip
 def test_shards_that_are_none_are_named_before_the_work(tmp_path, name, data, message):
     """In one line; another shard before it is not begun."""
@@ -635,6 +635,7 @@ def test_a_parquet_file_as_audioset_has_it(tmp_path, script, write_parquet):
     (dict(classID=[3, 1], **{"class": ["dog_bark", "car_horn"]}), None, [["dog_bark"], ["car_horn"]]),
     (dict(target=[3, 1], category=["dog", "cat"], fold=[1, 2]), None, [["dog"], ["cat"]]),
     (dict(speaker=["Ann", "Bob"]), None, [[], []]),
+    (dict(genre=[1, 0]), {"genre": {"names": ["jazz", "pop"], "_type": "ClassLabel"}}, [["pop"], ["jazz"]]),
     (dict(label=["dog", "cat"]), {"label": {"names": ["cat", "dog"]}}, [["dog"], ["cat"]]),
     (dict(label=[1.0, 0.0]), {"label": {"names": ["cat", "dog"]}}, [["dog"], ["cat"]]),
     (dict(label=["dog", "cat"]), ["no object"], [["dog"], ["cat"]]),
@@ -677,6 +678,25 @@ def test_a_row_of_any_kind_costs_itself(tmp_path, write_parquet):
     assert names[:3] == expected
     assert names[3:] == ["/c.parquet/clip 0.flac", "/c.parquet/clip 1.flac"]
     assert list(bad_of(tmp_path / "packed.tsv").values()) == ["the row holds no sound"] * 3
+
+
+def test_zeros_and_ones_are_no_indices(tmp_path, write_parquet):
+    """A number for each class is refused, not read as labels 0 and 1."""
+    write_parquet("x.parquet", dict(audio=sounds(3), labels=[[0, 1, 0], [1, 0, 0], [0, 2]]))
+    assert pack(tmp_path, "x.parquet") == 0
+    assert [row[2] for row in rows_of(tmp_path / "packed.tsv")] == ["0,2"]
+    reasons = set(bad_of(tmp_path / "packed.tsv").values())
+    assert reasons == {"its labels are zeros and ones, not names or indices: convert them"}
+
+
+def test_clips_without_labels_are_told_and_a_shard_without_sound(tmp_path, capsys):
+    write_tar(tmp_path / "x.tar", {"0.wav": clip_bytes(0), "@eaDir/1.wav": clip_bytes(1), ".a/2.wav": clip_bytes(2)})
+    assert pack(tmp_path, "x.tar") == 0
+    assert len(rows_of(tmp_path / "packed.tsv")) == 1
+    assert "no clip has a label" in capsys.readouterr().out
+    write_tar(tmp_path / "y.tar", {"0.npy": b"x"})
+    with pytest.raises(InputError, match="there are no files with the suffix of audio in it"):
+        prepare.pack([str(tmp_path / "y.tar")], str(tmp_path / "y.tsv"))
 
 
 def test_a_sidecar_of_any_kind_costs_its_clip(tmp_path):

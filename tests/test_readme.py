@@ -242,6 +242,16 @@ def test_snippets_run(tmp_path, script, monkeypatch):
     assert torch.equal(tokens[:, 1:][0, -1], patches[0, -1, -1])
 
 
+@pytest.mark.long
+def test_the_output_on_the_first_screen(tmp_path, script):
+    """Ten words taught in seconds, and the word in a recording."""
+    commands = [line.split("#")[0].split() for line in blocks("bash")[1].splitlines()]
+    os.symlink(ROOT / "extras", tmp_path / "extras")
+    for _, *command in commands:
+        said = script(*command).stdout
+    assert said in README
+
+
 def test_scripts_run_from_any_folder(tmp_path):
     """As `python extras/NAME.py`, and without a word of the folder they are started in."""
     paths = [ROOT / "extras" / f"{name}.py" for name in SCRIPTS]
@@ -305,11 +315,6 @@ def test_numbers_of_the_laptop_run():
     ahead = {t: f"{100 * (rows[laptop.TUNED] - rows[scratch]):.0f}" for t, rows in means.items()}
     text = " ".join(TEXTS[folder / "README.md"].split())
     assert said in text and f"still {ahead['events']} and {ahead['drums']} points ahead" in text
-    cell = {task: {row: f"{mean:.2f}"[1:] for row, mean in rows.items()} for task, rows in means.items()}
-    said = "from {} to {} on 35 spoken words, from {} to {} on ten".format(
-        *(cell[task][row] for task in ("words35", "words10") for row in (laptop.SCRATCH, laptop.TUNED))
-    )
-    assert said in " ".join(README.split())
     said = "With 4 times the fine-tuning updates, 35 words reach {}, from scratch {}"
     said = said.format(*(cell["words35"][row] for row in laptop.LONGER.values()))
     assert said in " ".join(README.split())
@@ -342,31 +347,49 @@ def test_numbers_of_the_encoder_that_comes_with_the_code():
 
 
 def test_numbers_of_the_demo():
-    """Of its table, of what its README says beside it, and of the quick start."""
-    text, own = TEXTS[RUNS / "demo" / "README.md"], {}
-    for name in ("demo", "shipped", "scratch4"):
-        own[name] = json.loads((RUNS / "demo" / f"{name}.json").read_text())["accuracy"]
-    own["demo"]["fine-tuned, from scratch, 4 times the updates"] = own["scratch4"]["fine-tuned, from scratch"]
+    """Of its tables, of what its README and the main one say beside them; all scores end a log."""
+    folder = RUNS / "demo"
+    text = TEXTS[folder / "README.md"]
+    found = {path.stem: json.loads(path.read_text())["accuracy"] for path in folder.glob("*.json")}
+    demo = found["demo"]
+    shipped = found["shipped"]
+    words = found["words35"]
+    if "scratch4" in found:
+        demo["fine-tuned, from scratch, 4 times the updates"] = found["scratch4"][laptop.SCRATCH]
+    for row, scores in demo.items():
+        others = shipped.get(row, []) if row.endswith(", pre-trained") else []
+        assert cells_of(text, row) == [laptop.cell(scores), laptop.cell(others)]
+    for row, scores in found["heads"].items():
+        for own, cell in zip(scores.values(), cells_of(text, row), strict=True):
+            seeds = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(own), "")
+            assert cell == laptop.cell(own) + seeds
 
-    for row, scores in own["demo"].items():
-        shipped = own["shipped"].get(row, []) if row.endswith(", pre-trained") else []
-        assert cells_of(text, row) == [laptop.cell(scores), laptop.cell(shipped)]
-    bands = json.loads((RUNS / "demo" / "bands.json").read_text())["accuracy"]
-    longer_run = json.loads((RUNS / "laptop" / "laptop.json").read_text())["tasks"]["words10"]
-    for row, mean, head in (
-        ("4 minutes of pre-training", own["demo"][laptop.TUNED], bands[laptop.TUNED]),
-        ("the longer run", own["shipped"][laptop.TUNED], longer_run[laptop.TUNED]),
-        *((row.removeprefix("fine-tuned, "), own["demo"][row], longer_run[row])
-          for row in (laptop.SCRATCH, laptop.LONGER[laptop.SCRATCH])),
-    ):  # fmt: skip
-        assert cells_of(text, row) == [laptop.cell(mean), laptop.cell(head)]
+    logs = {}
+    for record in map(json.loads, lines_of(folder / "logs.jsonl")):
+        logs.setdefault(record["run"], []).append(record)
+    ends = {run: [r["accuracy"] for r in log if "accuracy" in r][-1:] for run, log in logs.items()}
+    for name in ("demo", "shipped", "words35", "scratch4"):
+        for row, kind in ((laptop.TUNED, "pretrained"), (laptop.SCRATCH, "scratch")):
+            if row in found.get(name, {}):
+                assert found[name][row] == sum((ends[f"{name}/seed{s}/{kind}"] for s in (1, 2, 3)), [])
+    readme = " ".join(README.split())
     for seed in (1, 2, 3):
-        log = map(json.loads, lines_of(RUNS / "demo" / f"pretrain{seed}.jsonl"))
-        probes = {r["step"]: r["probe_linear"] for r in log if "probe_linear" in r}
+        probes = {r["step"]: r["probe_linear"] for r in logs[f"pretrain{seed}"] if "probe_linear" in r}
         assert list(probes) == [0, 240, 480]
         if seed == 1:
-            said = f"rises from {probes[0]:.3f} to {probes[480]:.3f}".replace("0.", ".")
-            assert said in " ".join(README.split())
+            assert f"rises from {probes[0]:.3f} to {probes[480]:.3f}".replace("0.", ".") in readme
+
+    mean = {name: {row: statistics.mean(scores) for row, scores in table.items()} for name, table in (
+        ("demo", demo), ("shipped", shipped), ("words35", words),
+    )}  # fmt: skip
+    pair = (mean["words35"][laptop.SCRATCH], mean["words35"][laptop.TUNED])
+    assert "from {:.2f} to {:.2f} on 35 spoken words".format(*pair).replace("0.", ".") in readme
+    pair = (mean["demo"][laptop.SCRATCH], mean["shipped"][laptop.TUNED])
+    assert "from {:.2f} to {:.2f} on ten".format(*pair).replace("0.", ".") in readme
+    worth = [100 * (mean[name][laptop.TUNED] - pair[0]) for name in ("demo", "shipped")]
+    text = " ".join(text.split())
+    assert f"pre-training are worth {worth[0]:.0f} points" in text
+    assert f"the longer run is worth {worth[1]:.0f}" in text
 
 
 def test_numbers_of_the_ablations():
