@@ -396,7 +396,6 @@ def train(config: FinetuneConfig) -> int:
 
     for step in run.steps():
         if step and step % eval_every == 0:
-            run.save("last.pt", step, run.stateful)  # a signal waits for the evaluation, and may be the last
             evaluate(step)
 
         parts = draw_parts(batches, sampler, targets, config, step, device)
@@ -410,6 +409,8 @@ def train(config: FinetuneConfig) -> int:
             epoch = step * config.batch_size / sampler.epoch_items
             run.log_training(step, ("loss", "grad_norm"), lr=lr, epoch=epoch)
 
+        if step % eval_every == 0:
+            run.saved_at = -math.inf  # save now: a signal during the evaluation has to wait for its end
         run.save_or_stop(step)
 
     if not run.stopped:

@@ -614,13 +614,23 @@ def test_absurd_claims_are_one_line(tmp_path, part, key, value):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_numbers_of_another_type_become_fp32(tmp_path, dtype):
     path = our_classifier(tmp_path)
     state = torch.load(path, weights_only=True)
     state["classifier"]["head.bias"] = torch.tensor([3, -5], dtype=dtype)
     torch.save(state, path)
     assert AudioClassifier.from_pretrained(path).head.bias.tolist() == [3.0, -5.0]
+
+
+def test_weights_that_are_integers_are_refused(tmp_path):
+    path = our_classifier(tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["classifier"]["head.bias"] = torch.tensor([3, -5])
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this model: .*head.bias") as error:
+        AudioClassifier.from_pretrained(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_without_a_classifier_is_one_line(tmp_path):
