@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import AudioDataset, InputError, Labelled, build_loader, first_line, open_labelled, spectrogram
 from extras.tables import load_classifier, roc_auc, write_table
-from model import AudioClassifier, CheckpointError, Encoder, ModelConfig, load_checkpoint, pool
+from model import CheckpointError, Encoder, ModelConfig, load_checkpoint, pool
 
 try:
     import fcntl

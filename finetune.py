@@ -28,7 +28,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from data import (
-    FRAME_LENGTH, FRAME_SHIFT, AudioDataset, Batch, ClipSampler, InputError, Labelled,
+    FRAME_LENGTH, FRAME_SHIFT, Batch, ClipSampler, InputError, Labelled,
     Manifest, move, open_labelled, seed_of, spectrogram,
 )  # fmt: skip
 from evaluate import (

@@ -11,7 +11,7 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from data import InputError, first_line

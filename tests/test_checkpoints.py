@@ -466,7 +466,8 @@ def test_a_run_folder_with_its_previous_checkpoint_only(tmp_path):
 
 def test_opening_a_checkpoint_needs_no_compiler():
     """torch initialises tensors on "meta" by its compiler, whose import takes seconds."""
-    code = "import sys, model; model.Encoder.from_pretrained(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    code = "import sys, model\nmodel.Encoder.from_pretrained(sys.argv[1])\n"
+    code += "print('torch._dynamo' in sys.modules)"
     command = [sys.executable, "-c", code, ROOT / "extras" / "runs" / "laptop" / "encoder.pt"]
     assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
 

@@ -959,33 +959,6 @@ def test_what_was_to_be_read_is_not_when_the_loader_is_left():
     assert len(dataset.seen) <= 2
 
 
-COUNT_THREADS = """
-import threading
-import torch
-import data
-class Clips:
-    source, n_frames, seen = "x", 4, set()
-    def __getitem__(self, item):
-        self.seen.add(torch.get_num_threads())
-        return data.Clip(torch.zeros(400), item, "")
-clips = Clips()
-def train():
-    list(data.build_loader(clips, [[i] for i in range(20)], 3))
-    print(*clips.seen, torch.get_num_threads())
-thread = threading.Thread(target=train)  # whatever the imports did, it has not used OpenMP yet
-thread.start()
-thread.join()
-"""
-
-
-def test_loader_threads_bring_no_teams_and_leave_the_trainings_threads():
-    """One OpenMP thread in each; the thread that trains keeps all, though it has not used them before."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", COUNT_THREADS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "2"]
-
-
 def test_seeds_differ_by_purpose_and_key():
     seeds = set()
     n_keys = 0

@@ -245,6 +245,7 @@ def test_the_precision_follows_the_gpu(monkeypatch, has_bf16, expected):
     assert evaluate.pick_precision("fp16", torch.device("cpu")) == torch.float16
 
 
+@pytest.mark.long
 def test_the_first_run_on_a_gpu_is_ready(tmp_path):
     """All parts of gpu_first_run.py, at their size for a CPU: what they compare agrees."""
     parts = ("kernels", "agree", "updates", "ddp")

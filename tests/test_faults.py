@@ -36,7 +36,7 @@ from torch.distributed.run import parse_args
 import evaluate
 import pretrain
 from data import AudioDataset, InputError, Manifest, load_audio
-from evaluate import StopRequest, newest_checkpoint, parse_config, save_checkpoint
+from evaluate import StopRequest, newest_checkpoint, save_checkpoint
 from model import CheckpointError, load_checkpoint
 
 LONG = pytest.mark.long
@@ -409,7 +409,8 @@ def test_slurm_sh_starts_a_run_and_requeues_what_the_time_limit_stops(tmp_path):
     for status, left in ((1, 100), (1, 1000), (0, 100)):  # exit status of the run, seconds to the time limit
         (tmp_path / "scontrol.txt").write_text("")
         env |= dict(STATUS=str(status), SLURM_JOB_END_TIME=str(int(time.time()) + left))
-        command = ["bash", ROOT / "extras" / "slurm.sh", "finetune.py", "--data", "a b.tsv", "--preset", "own"]
+        command = ["bash", ROOT / "extras" / "slurm.sh"]
+        command += ["finetune.py", "--data", "a b.tsv", "--preset", "own"]
         subprocess.run(command, cwd=tmp_path, env=env, timeout=30)
         requeued.append("requeue 7" in (tmp_path / "scontrol.txt").read_text())
     assert requeued == [True, False, False]

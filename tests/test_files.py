@@ -86,7 +86,7 @@ def test_a_file_that_claims_more_than_it_holds_is_used_once(audio, capsys):
     prepare.stats(str(audio.parent / "m.tsv"), 100, workers=0)
     mean = float(capsys.readouterr().out.split("--norm_mean")[1].split()[0].strip("="))
     assert mean == pytest.approx(log_mel(whole[: 3 * 163_840]).mean().item(), abs=0.02)
-    with pytest.raises(InputError, match="0 samples at 16 kHz from 51.20 s on"):  # there is a claim there, and no sound
+    with pytest.raises(InputError, match="0 samples at 16 kHz from 51.20 s on"):  # only claimed
         load_audio(audio / "x.mp3", 5 * 163_840, 163_840)
 
 

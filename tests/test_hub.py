@@ -95,6 +95,7 @@ for name in {names!r}:
 
 
 @NEEDS_HUB
+@pytest.mark.long
 def test_published_weights_by_name(hub, tmp_path):
     """Only settings and tensors are fetched, once; then they are there without a network too."""
     (offline,) = ask(tmp_path, NAME, **hub, HF_HUB_OFFLINE="1")  # and not yet in the cache

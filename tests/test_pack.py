@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -409,7 +408,8 @@ def test_a_tar_as_audioset_has_it(tmp_path, script, form):
     ({".json": b'{"target": 5, "category": "Bark"}'}, ["Bark"]),
     ({".cls": b"7"}, ["7"]), ({".cls": b"Bark\n"}, ["Bark"]), ({".txt": b"Bark"}, ["Bark"]), ({}, []),
     ({".txt": b"a dog barks", ".json": b'{"label": "Bark"}'}, ["Bark"]),
-    ({".json": b'{"labels": "dog,cat"}'}, ["dog", "cat"]), ({".json": b'{"labels": "Bark, loud"}'}, ["Bark; loud"]),
+    ({".json": b'{"labels": "dog,cat"}'}, ["dog", "cat"]),
+    ({".json": b'{"labels": "Bark, loud"}'}, ["Bark; loud"]),
     ({".json": b'["Bark"]'}, []), ({".json": b'{"label": null}'}, []), ({".png": b"x", ".cls": b"0"}, ["0"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_before", [False, True])
@@ -668,7 +668,8 @@ def test_sound_in_other_columns(tmp_path, write_parquet):
 def test_a_row_of_any_kind_costs_itself(tmp_path, write_parquet):
     """Addresses as paths, other types, labels without end: the other rows are packed."""
     address = "https://x.org/a.wav?Signature=" + "a" * 300
-    rows = [{"bytes": clip_bytes(i), "path": path} for i, path in enumerate([address, "x.\0wav", "\x1b[31m.wav"])]
+    paths = [address, "x.\0wav", "\x1b[31m.wav"]
+    rows = [{"bytes": clip_bytes(i), "path": path} for i, path in enumerate(paths)]
     write_parquet("a.parquet", dict(audio=rows))
     write_parquet("b.parquet", dict(audio=[[row] for row in rows]))
     write_parquet("c.parquet", dict(audio=sounds(2), label=["[" * 3000 + "1", "dog"]))
@@ -690,7 +691,8 @@ def test_zeros_and_ones_are_no_indices(tmp_path, write_parquet):
 
 
 def test_clips_without_labels_are_told_and_a_shard_without_sound(tmp_path, capsys):
-    write_tar(tmp_path / "x.tar", {"0.wav": clip_bytes(0), "@eaDir/1.wav": clip_bytes(1), ".a/2.wav": clip_bytes(2)})
+    files = {"0.wav": clip_bytes(0), "@eaDir/1.wav": clip_bytes(1), ".a/2.wav": clip_bytes(2)}
+    write_tar(tmp_path / "x.tar", files)
     assert pack(tmp_path, "x.tar") == 0
     assert len(rows_of(tmp_path / "packed.tsv")) == 1
     assert "no clip has a label" in capsys.readouterr().out

@@ -335,7 +335,8 @@ PLAIN = "file,label\na.wav,dog\nb.wav,cat\nc.wav,dog\n"
     "filename,duration,dog,cat\na.wav,1,1,0\nb.wav,1.0,0,1\nc.wav,1,1,0\n",
     "file,label\na.wav,dog\na.wav,NA\nb.wav,cat\nb.wav,NaN\nc.wav,dog\n",
     json.dumps([
-        {"file": "a.wav", "label": "dog"}, {"file": "b.wav", "label": "cat"}, {"file": "b.wav", "label": None},
+        {"file": "a.wav", "label": "dog"}, {"file": "b.wav", "label": "cat"},
+        {"file": "b.wav", "label": None},
         {"file": "c.wav", "label": "dog", "text": "long " * 40_000},
     ]),
     "file,label,text\na.wav,dog,\nb.wav,cat,\nc.wav,dog," + "long " * 40_000,
@@ -454,7 +455,8 @@ def test_labels_of_other_encodings(by_table, tmp_path):
     "a.wav,train,dog\nb.wav,test,cat\n", "file,duration,speaker\na.wav,0.5,Ann\nb.wav,0.5,Bob\n",
     "a.wav\nb.wav\n", "file,label\nx.wav,dog\ny.wav,cat\n", "file,label\n", "# nothing\n", "",
     "file,hasbird\na.wav,1\nb.wav,0\n", "file,soft,hard\na.wav,0.3,0.7\nb.wav,0.5,0.5\n",
-    "[1, 2, 3]", '[{"audio": 5}]', "audio,bird,id,annotator,annotation_id\na.wav,dog,1,1,1\nb.wav,cat,2,1,2\n",
+    "[1, 2, 3]", '[{"audio": 5}]',
+    "audio,bird,id,annotator,annotation_id\na.wav,dog,1,1,1\nb.wav,cat,2,1,2\n",
     "file,target_sr\na.wav,16000\nb.wav,8000\n", "file,labeler\na.wav,anna\nb.wav,ben\n",
 ])  # fmt: skip
 def test_tables_that_cannot_be_told_are_refused(by_table, tmp_path, table):

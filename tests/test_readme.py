@@ -252,6 +252,7 @@ def test_the_output_on_the_first_screen(tmp_path, script):
     assert said in README
 
 
+@pytest.mark.long
 def test_scripts_run_from_any_folder(tmp_path):
     """As `python extras/NAME.py`, and without a word of the folder they are started in."""
     paths = [ROOT / "extras" / f"{name}.py" for name in SCRIPTS]
