@@ -119,6 +119,9 @@ def readings(path: str | os.PathLike) -> Iterator[list[list[str]]]:
                 rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
             except csv.Error as error:
                 raise InputError(f"cannot read {path}: {first_line(error)}") from None
+            if rows and rows[-1] and "\n" in rows[-1][-1] and not text.rstrip().endswith('"'):
+                first = rows[-1][-1].split("\n")[0]
+                raise InputError(f"{path}: a quotation mark before {first!r} is not closed")
             yield [row for row in rows if any(map(str.strip, row))]
 
 

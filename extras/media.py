@@ -70,7 +70,8 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
     hidden = []
     seen = set()
     for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
-        subfolders.sort()
+        links = {name for name in subfolders if os.path.islink(os.path.join(where, name))}
+        subfolders.sort(key=lambda name: (name in links, name))  # what a link leads to has its own folder's name
         in_tool = any(map(is_hidden, Path(where).relative_to(folder).parts))
         place = (os.path.realpath(where), in_tool)  # what a tool's folder links to may be met again
         if place in seen:

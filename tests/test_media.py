@@ -778,6 +778,14 @@ def test_a_file_that_was_cut_is_told(tmp_path, form):
     assert "it is cut: its header claims 64,0" in remark
 
 
+def test_a_folder_goes_before_a_link_to_it(tmp_path):
+    """Its name is the class of what is in it."""
+    (tmp_path / "dog").mkdir()
+    soundfile.write(tmp_path / "dog" / "x.wav", noise(1, 16_000, 1, 0), 16_000)
+    (tmp_path / "a link").symlink_to(tmp_path / "dog")
+    assert find_audio(tmp_path) == [tmp_path / "dog" / "x.wav"]
+
+
 def test_folders_of_tools_in_any_spelling(tmp_path, capsys):
     for folder in ("$Recycle.Bin", "__macosx", "#recycle", "System Volume Information", "birds"):
         (tmp_path / folder).mkdir()

@@ -363,6 +363,16 @@ def test_numbers_that_are_names_of_files_and_of_rows(by_table):
     assert found == {"0.wav": ["dog"], "1.wav": ["bird"], "2.wav": ["cat"]}
 
 
+def test_a_quotation_mark_that_is_not_closed(by_table):
+    """It would make one label of the rest of the table."""
+    rows = [f"{i}.wav,dog" for i in range(20)]
+    rows[3] = '3.wav,"cat'
+    with pytest.raises(InputError, match="a quotation mark before 'cat' is not closed"):
+        by_table("file,label\n" + "\n".join(rows), [f"{i}.wav" for i in range(20)])
+    found = by_table('file,label,text\na.wav,dog,"two\nlines"\nb.wav,cat,"one"\n', ("a.wav", "b.wav"))
+    assert found == {"a.wav": ["dog"], "b.wav": ["cat"]}
+
+
 def test_titles_that_are_names_of_files(by_table):
     found = by_table("file,dog,cat\ndog.wav,1,0\ncat.wav,0,1\n", ("dog.wav", "cat.wav"))
     assert found == {"dog.wav": ["dog"], "cat.wav": ["cat"]}
