@@ -76,6 +76,7 @@ def test_masks_of_an_update_are_drawn_from_seed_and_update():
     assert not torch.equal(draw_flexible_masks(other, 3, cpu), first)
 
 
+@pytest.mark.long
 def test_the_process_of_a_job_trains_with_flexible_blocks(folder, script, train, monkeypatch):
     """Its losses are those of a training that draws such masks, and not those of one that does not."""
     flags = "--data manifest.tsv --model tiny --clip_frames 128 --min_samples 1600 --clones 2 --batch_size 4"

@@ -193,6 +193,7 @@ def test_commands_of_the_scripts_parse(monkeypatch):
     assert min(counts.values()) >= 1 and counts["evaluate.py"] >= 3, counts
 
 
+@pytest.mark.long
 def test_commands_of_prepare_run(tmp_path, script):
     """On folders as the README has them; those of the three data sets have tests of their own."""
     os.symlink(ROOT / "extras" / "demo" / "prompts", tmp_path / "my_audio")
