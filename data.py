@@ -177,7 +177,7 @@ def resample(waveform: Tensor, rate: int) -> Tensor:
 def safe_seek(file, frame: int) -> int:
     """Where to start decoding so that the samples from `frame` on equal those of the whole file.
     An mp3 frame may use up to 511 bytes of the frames before it, or 255 below 32 kHz, where a frame of 576
-    samples may have as few as 3. libsndfile cannot seek exactly in the last page of Vorbis, below 10 s."""
+    samples may have as few as 3. libsndfile cannot seek exactly in Vorbis' last page, which is below 10 s."""
     if "MPEG" in file.subtype:  # in mp3 files, or inside wav
         return max(0, frame - (16_384 if file.samplerate >= 32_000 else 65_536))
     if file.subtype == "VORBIS":

@@ -310,7 +310,7 @@ def check_settings(config) -> None:
             continue
         if not 0 <= value < math.inf or (name in ABOVE_0 and value == 0):
             raise InputError(f"--{name} {value} is too small or not finite")
-        if name in FRACTIONS and value > 1 or name in BELOW_1 and value >= 1:
+        if (name in FRACTIONS and value > 1) or (name in BELOW_1 and value >= 1):
             raise InputError(f"--{name} {value} is too large")
     if config.warmup >= config.updates:
         raise InputError(f"--warmup {config.warmup} must be less than --updates {config.updates}")

@@ -261,7 +261,7 @@ def train(config: PretrainConfig) -> int:
             function = pooled(student.encoder, "cls_mean", student.config.depth)  # after the last block
             run.log(step=step, **probe(function, student.config, *probe_sets, device, **run.loading))
 
-    if run.start == 0:
+    if run.start == 0:  # not in the loop, which is timed
         run_probe(0)
     for step in run.steps():
         if step and config.probe_every and step % config.probe_every == 0:
@@ -324,7 +324,7 @@ class Run:
         self.amp = pick_precision(config.amp, self.device)
         is_fp16 = self.amp == torch.float16
         self.scaler = GradScaler(self.device.type, 128.0, growth_interval=4096, enabled=is_fp16)
-        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: less than others
+        self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: fails before others do
         self.settings = {}
         self.stateful = {}  # what a checkpoint holds: networks, optimizer ...
         self.about = {}  # and plain values
@@ -437,7 +437,8 @@ class Run:
         for key, part in parts.items():
             state[key] = part.state_dict()
         try:
-            state["log_size"] = open(self.out_dir / "log.jsonl", "ab").tell()
+            with open(self.out_dir / "log.jsonl", "ab") as log:
+                state["log_size"] = log.tell()
             save_checkpoint(self.out_dir / name, **state)
         except (OSError, RuntimeError) as error:
             problem = f"could not save update {step} in {self.out_dir}: {first_line(error)}"
@@ -494,8 +495,9 @@ class Run:
     def log(self, **record) -> None:
         """Add a JSON line to log.jsonl, and print what people watch."""
         self.add("log.jsonl", [json.dumps(record)])
-        shown = [f"{name} {record[name]:.7g}" for name in SHOWN if record.get(name) is not None]
-        self.say("  ".join(shown))
+        self.say(
+            "  ".join(f"{name} {record[name]:.7g}" for name in SHOWN if record.get(name) is not None)
+        )
 
     def add(self, name: str, lines: list[str]) -> None:
         """Append new lines to a file in the run folder; a full disk loses them, not the run."""

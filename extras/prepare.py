@@ -482,7 +482,7 @@ def finish(partial: Path, pcm: Path, output: str) -> int:
         pcm.unlink()
         if os.path.exists(f"{output}.bad"):
             raise InputError(f"no clip can be read: see {output}.bad")
-        raise InputError("there are no files with the suffix of audio in it")
+        raise InputError("it holds no audio files")
     write_lines(output, itertools.chain([pcm.name], texts("clip")))
     summarize(output, texts("clip"), list(texts("left out")), sum(1 for _ in texts("kept")))
     if all(text.count("\t") < 2 for text in texts("clip")):

@@ -697,7 +697,7 @@ def test_clips_without_labels_are_told_and_a_shard_without_sound(tmp_path, capsy
     assert len(rows_of(tmp_path / "packed.tsv")) == 1
     assert "no clip has a label" in capsys.readouterr().out
     write_tar(tmp_path / "y.tar", {"0.npy": b"x"})
-    with pytest.raises(InputError, match="there are no files with the suffix of audio in it"):
+    with pytest.raises(InputError, match="it holds no audio files"):
         prepare.pack([str(tmp_path / "y.tar")], str(tmp_path / "y.tsv"))
 
 
