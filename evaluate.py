@@ -379,7 +379,8 @@ def init_distributed(timeout: float = 30, alone: bool = False) -> tuple[int, int
     try:
         # torchrun's restarts share a store, and would find stale addresses in it (pytorch#135712)
         store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (ValueError, RuntimeError) as error:
         others = f"the other {world - 1} processes of WORLD_SIZE (torchrun starts them)"

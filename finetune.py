@@ -409,9 +409,8 @@ def train(config: FinetuneConfig) -> int:
             epoch = step * config.batch_size / sampler.epoch_items
             run.log_training(step, ("loss", "grad_norm"), lr=lr, epoch=epoch)
 
-        if step % eval_every == 0:
-            run.saved_at = -math.inf  # save now: a signal during the evaluation has to wait for its end
-        run.save_or_stop(step)
+        # Save before an evaluation: a signal has to wait for its end
+        run.save_or_stop(step, must_save=step % eval_every == 0)
 
     if not run.stopped:
         last = evaluate(config.updates)

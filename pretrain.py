@@ -158,8 +158,9 @@ def draw_masks(config: PretrainConfig, step: int, device: torch.device) -> Tenso
 
 def draw_noise(config: PretrainConfig, step: int, rows: range, device: torch.device) -> Tensor:
     """What the decoder sees at masked places, for some rows of an update's batch: (len(rows) * C, N, D)."""
-    H, W = MODELS[config.model].grid(config.clip_frames)
-    shape = (config.clones, H * W, MODELS[config.model].width)
+    network = MODELS[config.model]
+    H, W = network.grid(config.clip_frames)
+    shape = (config.clones, H * W, network.width)
     noise = []
     for row in rows:
         generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, step, row))
@@ -206,13 +207,10 @@ def train_step(
         losses = losses + torch.stack(part_losses) / config.accumulate
     grad_norm = descend(optimizer, scaler, student, config.clip_norm)
     ema_update(teacher, student.encoder, ema_decay(step + 1, config))
-    logged = zip(LOGGED, [*losses, grad_norm])
-    return dict(logged, pred=out["pred"], targets=targets, mask=mask)
+    return dict(zip(LOGGED, [*losses, grad_norm]), pred=out["pred"], targets=targets, mask=mask)
 
 
-def descend(
-    optimizer: Optimizer, scaler: GradScaler, model: nn.Module, clip_norm: float
-) -> Tensor:
+def descend(optimizer: Optimizer, scaler: GradScaler, model: nn.Module, clip_norm: float) -> Tensor:
     """Clip the gradients and step, unless one of them is not finite; returns their norm before clipping."""
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
@@ -322,8 +320,9 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.rank, self.world, self.device = init_distributed(config.timeout)
         self.amp = pick_precision(config.amp, self.device)
-        is_fp16 = self.amp == torch.float16
-        self.scaler = GradScaler(self.device.type, 128.0, growth_interval=4096, enabled=is_fp16)
+        self.scaler = GradScaler(
+            self.device.type, 128.0, growth_interval=4096, enabled=self.amp == torch.float16
+        )
         self.loading = dict(workers=config.workers, timeout=54 * config.timeout)  # s: fails before others do
         self.settings = {}
         self.stateful = {}  # what a checkpoint holds: networks, optimizer ...
@@ -390,17 +389,17 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the updates left to make, until all are made or the processes agree to stop."""
         STOP.handle(STOP.note)
-        start = self.start
         end = self.config.updates
+        steps = range(self.start, end)
         self.logged_at = time.perf_counter()
-        for step in tqdm(range(start, end), initial=start, total=end, disable=self.rank > 0 or None):
+        for step in tqdm(steps, initial=self.start, total=end, disable=self.rank > 0 or None):
             yield step
             if self.stopped:
                 self.say(f"update {step + 1}: {self.reason}")
                 break
         STOP.handle(signal.SIG_DFL)
 
-    def save_or_stop(self, step: int) -> None:
+    def save_or_stop(self, step: int, must_save: bool = False) -> None:
         """Agree on whether to stop (sets `stopped`). Save if it is time or a signal (128 + number) stops."""
         if STOP.number:
             self.status = 128 + STOP.number  # as in shells
@@ -412,7 +411,7 @@ class Run:
         if self.stopped:
             self.add("bad_files.tsv", gather(self.problems))
         config = self.config
-        is_time = time.monotonic() > self.saved_at + 60 * config.save_minutes
+        is_time = must_save or time.monotonic() > self.saved_at + 60 * config.save_minutes
         if is_time or step % config.save_every == 0 or step == config.updates or self.stopped > 128:
             self.save("last.pt", step, self.stateful)
             self.saved_at = time.monotonic()

@@ -30,6 +30,7 @@ from data import (
     CLIP_FRAMES, FILTER_REACH, FRAME_LENGTH, MAX_SAMPLES, SAMPLE_RATE, InputError, clip_samples, load_audio,
     open_audio, resample, whole_rate,
 )  # fmt: skip
+from extras.ogg import is_ogg, last_page, ogg_holes
 
 # Read by PyAV
 OTHER_SUFFIXES = ".m4a .m4b .m4v .mp4 .mov .3gp .aac .webm .mka .mkv .wma .amr .ape".split()
@@ -38,8 +39,12 @@ AUDIO_SUFFIXES.update([".w64", ".rf64", *OTHER_SUFFIXES])
 TOOL_FOLDERS = {
     "__macosx", "@eadir", "$recycle.bin", "lost+found", "#recycle", "@recycle", "system volume information",
 }  # fmt: skip
-# What FFmpeg may use: no demuxer of playlists, and none of what libsndfile reads
-DEMUXERS = "aac,amr,amrnb,amrwb,ape,asf,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
+MAGIC = [
+    ("webm", b"\x1aE\xdf\xa3"), ("wma", b"0&\xb2u"), ("amr", b"#!AMR"), ("ape", b"MAC "), ("ogg", b"OggS"),
+    ("aac", b"\xff\xf1"), ("aac", b"\xff\xf9"),
+]  # fmt: skip
+# What FFmpeg may use: no demuxer of playlists; Ogg for the codecs that libsndfile does not read there
+DEMUXERS = "aac,amr,amrnb,amrwb,ape,asf,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,ogg"
 DECODERS = (
     "aac,aac_latm,ac3,eac3,alac,amrnb,amrwb,ape,flac,mp3,mp3float,opus,vorbis,wmav1,wmav2,wmapro,wmalossless,"
     "wmavoice,pcm_u8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be"
@@ -51,6 +56,7 @@ LEFT_OVER = 0.5  # seconds behind the claimed end that need not be sound
 SHORTEST_GAP = 0.5  # seconds between the times of two packets: more than this is missing sound,
 LONGEST_GAP = 60.0  # and more than this is a clock that was reset
 LONGEST_HOLE = 2**20  # bytes of an mp3 in which the end of damage is looked for
+MP3_HEAD = re.compile(rb"\xff[\xe2-\xfe]")  # of a frame
 SLACK = 575  # frames that may be missing without a remark: less than a frame of mp3
 
 
@@ -71,7 +77,7 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
     seen = set()
     for where, subfolders, names in os.walk(folder, followlinks=True, onerror=warn):
         links = {name for name in subfolders if os.path.islink(os.path.join(where, name))}
-        subfolders.sort(key=lambda name: (name in links, name))  # what a link leads to has its own folder's name
+        subfolders.sort(key=lambda name: (name in links, name))  # a folder goes before links to it
         in_tool = any(map(is_hidden, Path(where).relative_to(folder).parts))
         place = (os.path.realpath(where), in_tool)  # what a tool's folder links to may be met again
         if place in seen:
@@ -87,6 +93,16 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
                 paths.append(path)
             elif not suffix and not in_tool and not os.path.exists(path):  # it may have been a folder
                 warn(FileNotFoundError(2, "a broken link", str(path)))
+    real = os.path.realpath(folder)
+    listed = set(paths)
+    twice = []
+    for path in filter(os.path.islink, paths):
+        target = Path(os.path.realpath(path))
+        if target.is_relative_to(real) and Path(folder, target.relative_to(real)) in listed:
+            twice.append(path)
+    if twice:
+        first = min(twice).relative_to(folder)
+        print(f"listed twice: {len(twice)} files and links to them, such as {first}", file=sys.stderr)
     if hidden:
         first = min(hidden).relative_to(folder)
         print(f"left out: {len(hidden)} files that are hidden or a tool's, such as {first}", file=sys.stderr)
@@ -132,7 +148,7 @@ def container_of(path: str | os.PathLike) -> str:
         head = file.read(16)
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):
         return "mp4"
-    for kind, magic in (("webm", b"\x1aE\xdf\xa3"), ("wma", b"0&\xb2u"), ("amr", b"#!AMR"), ("ape", b"MAC ")):
+    for kind, magic in MAGIC:
         if head.startswith(magic):
             return kind
     return ""
@@ -145,7 +161,8 @@ def open_other(path: str | os.PathLike, error: soundfile.LibsndfileError) -> "Me
         raise InputError(what)
     kind = container_of(path)
     if not kind:
-        raise InputError(f"unreadable: {error.error_string}")
+        reason = error.error_string.rstrip(".")
+        raise InputError(f"unreadable: {reason}: if it is audio, convert it with ffmpeg")
     try:
         import av
     except ImportError:
@@ -188,17 +205,28 @@ class MediaFile:
             raise InputError(f"nothing of this {kind} can be decoded")
         # The true number is known only at the end; load_audio reads what there is, up to this many
         self.frames = (MAX_SAMPLES - 2**26) * self.samplerate // SAMPLE_RATE
-        self.claimed = 0
         self.slack = self.samplerate // 10  # frames by which the claim may be wrong
-        if self.track.duration and kind != "aac":  # for aac it is a guess
-            self.claimed = round(self.track.duration * self.track.time_base * self.samplerate)
-        elif self.container.duration and kind != "aac":
-            duration = self.container.duration
-            if "matroska" in self.container.format.name:  # it counts from 0, the sound may begin later
-                duration -= max(0, self.container.start_time or 0)
-            self.claimed = duration * self.samplerate // 1_000_000
-            if self.container.streams.video:  # which may be longer than the sound
-                self.slack += self.claimed // 50
+        self.claimed = round(self.claimed_seconds() * self.samplerate)
+        form = self.container.format.name
+        if "mov" in form and holds_several_mp4(path):
+            raise InputError(f"holds several {kind} files, joined end to end: convert it")
+        if "matroska" in form and self.container.streams.video:  # which may be longer than the sound
+            self.slack += self.claimed // 50
+
+    def claimed_seconds(self) -> float:
+        """How long the container says that the sound is, 0 if it does not say."""
+        form = self.container.format.name
+        end = (self.container.duration or 0) / 1_000_000
+        if form == "aac":
+            return 0  # there it is a guess
+        if "matroska" not in form:
+            return float((self.track.duration or 0) * self.track.time_base) or end
+        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.track.metadata.get("DURATION", ""))
+        if tag:  # of the sound alone
+            hours, minutes, seconds = map(float, tag.groups())
+            end = 3600 * hours + 60 * minutes + seconds
+        start = float((self.track.start_time or 0) * self.track.time_base)
+        return end - max(0, start)  # both are times of a clock that need not begin with 0
 
     def decode(self) -> Iterator[np.ndarray | int]:
         """Arrays (n, C) and, for what is damaged, the number of frames."""
@@ -344,12 +372,15 @@ class WholeFile:
         self.file = file
         self.raw = raw
         self.first_byte = 0  # of the sound
+        self.origin = 0  # the byte at which libsndfile opens it
         if file.format != "AV":
-            self.file = Forward(raw)
+            if is_mpeg(file):
+                self.origin = first_frame(raw)
+            self.file = Forward(raw, self.origin)
             self.first_byte = raw.tell()
         self.rate = whole_rate(file.samplerate)
-        self.claimed = claimed_frames(file)
-        if file.subtype in ("VORBIS", "OPUS"):
+        self.claimed = claimed_frames(self.file)
+        if is_ogg(file):
             self.claimed = max(self.claimed, last_page(file, raw))
         if self.claimed > 2**62:
             raise InputError("its header does not say how long it is: convert it")
@@ -366,7 +397,7 @@ class WholeFile:
     def reaches_end(self) -> bool:
         """Whether the header counts frames, so that decoding is not needed, and the last one can be read."""
         file = self.file
-        if file.format == "AV" or is_mpeg(file) or file.subtype in ("VORBIS", "OPUS"):
+        if file.format == "AV" or is_mpeg(file) or is_ogg(file):
             return False
         try:
             file.seek(self.claimed - 1)
@@ -384,7 +415,7 @@ class WholeFile:
         if self.file.format == "AV":
             blocks = self.file.blocks()
         else:
-            blocks = fill_gaps(self.decode())
+            blocks = fill_gaps(self.decode_ogg() if is_ogg(self.file) else self.decode())
         for block, is_good in blocks:
             channels = block.shape[1]
             yield torch.from_numpy(block) @ torch.full((channels,), 1 / channels), is_good  # mean(1), quickly
@@ -398,7 +429,7 @@ class WholeFile:
 
     def decode(self) -> Iterator[np.ndarray | int]:
         """What libsndfile decodes: arrays (n, C) and, for what is damaged, the number of frames."""
-        self.file = Forward(self.raw)
+        self.file = Forward(self.raw, self.origin)
         is_mp3 = is_mpeg(self.file)
         at = 0
         left = self.file.frames  # to read more would be an error in FLAC
@@ -430,6 +461,25 @@ class WholeFile:
             if is_mp3:
                 left = self.file.frames - WARM_UP
 
+    def decode_ogg(self) -> Iterator[np.ndarray | int]:
+        """The same of Vorbis and Opus. Behind lost pages libsndfile reads from another place, but seeks
+        exactly in a file that was opened again."""
+        self.file = Forward(self.raw)
+        holes = ogg_holes(self.raw, self.file)
+        self.file = Forward(self.raw)
+        at = 0
+        for begin, end in [*holes, (self.file.frames, 0)]:
+            while at < begin:
+                block = self.file.read(min(BLOCK, begin - at), dtype="float32", always_2d=True)
+                if not len(block):
+                    return
+                yield block
+                at += len(block)
+            if end > at:
+                yield end - at
+                self.file = Forward(self.raw)
+                at = self.file.seek(end)
+
     def go_on(self, at: int) -> int:
         """Reopen at frames further and further after `at`: returns how many were skipped, 0 if that fails."""
         step = BLOCK
@@ -446,7 +496,7 @@ class WholeFile:
         if sound_behind(self.raw, end, "MP3") * frames_a_byte < LEFT_OVER * self.rate:
             return 0
         self.raw.seek(end)
-        heads = re.finditer(rb"\xff[\xe2-\xfe]", self.raw.read(LONGEST_HOLE))
+        heads = MP3_HEAD.finditer(self.raw.read(LONGEST_HOLE))
         for head in itertools.islice(heads, 1000):
             byte = self.begin_anew(end + head.start(), 0)
             if byte:
@@ -480,6 +530,8 @@ class WholeFile:
         claimed = self.claimed / self.rate
         decoded = self.decoded / self.rate
         slack = getattr(self.file, "slack", SLACK)
+        if is_mpeg(self.file) and (self.file.format == "WAV" or self.origin):
+            slack += 3 * 1152  # what an encoder adds before and behind, or a frame whose bits are missing
         said = []
         if self.missed > 0.2:
             said.append(f"claims {claimed:.1f} s and holds {claimed + self.missed:.1f} s")
@@ -491,6 +543,22 @@ class WholeFile:
         if self.damaged:
             said.append(f"{self.damaged / self.rate:.2f} s are damaged")
         return "; ".join(said)
+
+
+def first_frame(raw) -> int:
+    """The byte at which libsndfile can open an mp3. By its name, but not by a descriptor, it opens also what
+    begins in the middle of a frame, and AAC, of which it makes noise."""
+    raw.seek(0)
+    head = raw.read(LONGEST_HOLE)
+    if container_of(raw.name) == "aac":
+        raise InputError("is named mp3 but holds AAC: rename it to .aac")
+    for byte in [0, *(match.start() for match in itertools.islice(MP3_HEAD.finditer(head), 1000))]:
+        try:
+            Forward(raw, byte).close()
+            return byte
+        except soundfile.LibsndfileError:
+            continue
+    raise InputError("no frame of this mp3 is whole: convert it with ffmpeg")
 
 
 def is_mpeg(file) -> bool:
@@ -530,23 +598,6 @@ def missing_bytes(raw) -> int:
         return 0
     missing = claimed + 8 - os.fstat(raw.fileno()).st_size
     return missing if missing > 1000 else 0  # some count a few bytes wrongly
-
-
-def last_page(file, raw) -> int:
-    """Frames of an Ogg file, by its last page, which libsndfile may miss after damage; 0 if absurd."""
-    raw.seek(0)
-    head = raw.read(200)
-    size = os.fstat(raw.fileno()).st_size
-    raw.seek(max(0, size - 2**17))  # a page has up to 65,307 bytes
-    page = raw.read().rpartition(b"OggS")[2]
-    n_frames = int.from_bytes(page[2:10], "little")
-    if file.subtype == "OPUS":
-        n_frames = n_frames * file.samplerate // 48_000 - file.samplerate // 10  # less what is not heard
-    if page[10:14] not in head:
-        n_frames += file.frames  # of another stream, behind this one
-    if n_frames > 10 * file.frames + file.samplerate:
-        return 0
-    return n_frames
 
 
 def sound_behind(raw, at: int, form: str) -> int:
@@ -601,6 +652,24 @@ def length_of_tag(head: bytes, form: str) -> int:
     if form in ("AIFF", "SVX"):
         return 8 + int.from_bytes(head[4:8], "big")
     return 8 + int.from_bytes(head[4:8], "little")
+
+
+def holds_several_mp4(path: str | os.PathLike) -> bool:
+    """Whether these are several joined files, of which FFmpeg reads the first only."""
+    n_heads = 0
+    at = 0
+    with open(path, "rb") as file:
+        while at < os.path.getsize(path):
+            file.seek(at)
+            head = file.read(16)
+            n_heads += head[4:8] == b"moov"
+            size = int.from_bytes(head[:4], "big")
+            if size == 1:
+                size = int.from_bytes(head[8:], "big")
+            if size < 8:  # 0 means the rest of the file
+                break
+            at += size
+    return n_heads > 1
 
 
 def holds_several(raw) -> bool:

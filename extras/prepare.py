@@ -309,6 +309,9 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     if the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if any is lost."""
     if not output.endswith(".tsv") or output in sources:
         raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
+    for source, n in Counter(map(os.path.realpath, sources)).items():
+        if n > 1:
+            raise InputError(f"{source} is named {n} times")
     partial = Path(f"{output}.partial")
     pcm = Path(output).with_suffix(".pcm")
     if not partial.exists():

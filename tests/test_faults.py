@@ -641,9 +641,13 @@ def test_a_run_goes_on_whatever_its_log_holds(tmp_path, train):
     (tmp_path / "whole" / "last.pt").unlink()  # previous.pt is that of update 8
     spoilt = b"x" * (len(lines[0]) - 1) + b"\n"
     damaged = {
-        "foreign line": whole + b"lr 3\n", "half a line": whole + b'{"step": 5, "lo',
-        "zeros": whole + bytes(4096), "first line": spoilt + b"".join(lines[1:]), "cut": b"".join(lines[:9]), "gone": b"",
-    }  # fmt: skip
+        "foreign line": whole + b"lr 3\n",
+        "half a line": whole + b'{"step": 5, "lo',
+        "zeros": whole + bytes(4096),
+        "first line": spoilt + b"".join(lines[1:]),
+        "cut": b"".join(lines[:9]),
+        "gone": b"",
+    }
     for name, content in damaged.items():
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         log = tmp_path / name / "log.jsonl"

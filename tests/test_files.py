@@ -1,4 +1,4 @@
-"""Files and folders as users have them, from the scan to the scores: no sound is lost, none is used twice, and
+"""Files and folders as users have them, from the scan to the scores: no sound is lost, none is used twice,
 names and labels stay what they are. How single files are read is in test_media.py."""
 
 import builtins
@@ -169,7 +169,7 @@ def test_a_bad_file_of_others_stays(audio, text):
 
 
 def test_broken_links_are_listed(audio, capsys):
-    """A broken link with the name of audio is a missing file; any other may have been a folder, and is told."""
+    """A broken link named as audio is a missing file; any other may have been a folder, and is told."""
     soundfile.write(audio / "here.wav", tone(8000).numpy(), 16_000)
     for i in range(3):
         (audio / f"annexed {i}.wav").symlink_to(f"../.git/annex/objects/{i}")
@@ -284,7 +284,7 @@ def test_classes_of_the_same_name_are_both_told(audio):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_files_of_classes(tmp_path, text, classes, encoding, end):
-    """All four layouts give the classes in their order, with a byte order mark or not, and either line end."""
+    """All four layouts give the classes in order, with a byte order mark or not, and either line end."""
     (tmp_path / "classes").write_bytes(text.replace("\n", end).encode(encoding))
     found = read_classes(tmp_path / "classes")
     assert found == classes

@@ -103,6 +103,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path, capsys):
     assert "left out: " in said
 
 
+def test_links_to_listed_files_are_told(tmp_path, capsys):
+    touch(tmp_path, "a.wav", "other/b.wav", "outside.txt")
+    (tmp_path / "c.wav").symlink_to("other/b.wav")
+    (tmp_path / "d.wav").symlink_to("outside.txt")
+    assert len(find_audio(tmp_path)) == 4
+    assert capsys.readouterr().err == "listed twice: 1 files and links to them, such as c.wav\n"
+
+
 @pytest.mark.parametrize("content, said", [
     (b"", "empty"),
     (b"version https://git-lfs.github.com/spec/v1\noid x\nsize 1\n", "a Git LFS pointer: run git lfs pull"),
@@ -265,8 +273,8 @@ def test_a_long_file_is_streamed_in_bounded_memory(tmp_path, hours):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             before = resident()
         n_read += len(piece)
+        assert not problem
     assert n_read == hours * 3600 * 16_000
-    assert not problem
     assert resident("VmHWM") - before < 50
 
 
@@ -356,6 +364,23 @@ def test_an_mp3_whose_count_was_changed_is_counted_right_or_refused(tmp_path, ra
     assert n_samples == pytest.approx(96_000, abs=3000)
     assert bool(remark) == (claimed > 1)
     assert len(load_audio(path, n_samples - 8000, 8000)) == pytest.approx(8000, abs=3)
+
+
+@pytest.mark.parametrize("n_bytes", [500, 1000, 5000])
+def test_an_mp3_that_begins_in_the_middle_of_a_frame(tmp_path, n_bytes):
+    """As programs that cut recordings into parts leave them. Its length is a guess; more is told."""
+    path = tmp_path / "x.mp3"
+    data = mp3(20, 44_100, bitrate_mode="CONSTANT")
+    path.write_bytes(data[n_bytes:])
+    n_samples, remark = count_samples(path)
+    assert re.fullmatch(r"|claims 19\.\d s and holds \d\d\.\d s", remark)
+    whole = load_audio(path)
+    assert n_samples == pytest.approx(len(whole), abs=1000)
+    assert n_samples == pytest.approx(320_000 * len(data[n_bytes:]) / len(data), abs=8000)
+    streamed = torch.cat([piece for piece, _ in stream(path, 32_000)])
+    assert len(streamed) == pytest.approx(n_samples, abs=1)
+    assert (streamed - whole[: len(streamed)])[1000:-1000].abs().max() <= 1e-6  # it ends one frame earlier
+    assert largest_difference(load_audio(path, 160_000, 16_000), streamed[160_000:176_000]) <= 1e-6
 
 
 def test_mpeg_audio_of_other_layers_is_counted_right(tmp_path):
@@ -448,7 +473,8 @@ def test_a_size_that_was_not_brought_up_to_date_is_counted_right_or_refused(tmp_
         assert len(load_audio(path)) == 96_000
     except InputError as error:
         assert claimed != "all"
-        assert re.match("claims 2[.]0 s and holds 6[.]0 s: convert it|its header says that it is empty|unreadable: ", str(error))
+        said = "claims 2[.]0 s and holds 6[.]0 s: convert it|its header says that it is empty|unreadable: "
+        assert re.match(said, str(error))
 
 
 def chunk(name: bytes, n_bytes: int, order: str = "<") -> bytes:
@@ -516,6 +542,59 @@ def test_damage_costs_its_piece_and_not_the_rest(tmp_path, suffix, n_bytes):
     assert 2 <= n_wrong <= 6  # with the line on the whole file
 
 
+def page_starts(data: bytes) -> list[int]:
+    """Of an Ogg file: where its pages begin. The first holds the header, the second comments and tables."""
+    return [match.start() for match in re.finditer(b"OggS", data)]
+
+
+@pytest.mark.parametrize("kind", ["a bit", "zeros", "bytes that are gone"])
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_damage_in_ogg_costs_its_pages_and_what_follows_stays_in_its_place(tmp_path, subtype, kind):
+    """libsndfile moves what follows in Vorbis, and makes up sound in Opus, without a word."""
+    path = tmp_path / "x.ogg"
+    write(path, noise(40), 16_000, format="OGG", subtype=subtype)
+    whole = load_audio(path)
+    assert count_samples(path) == (640_000, "")
+    data = bytearray(path.read_bytes())
+    page = page_starts(data)[12]
+    if kind == "a bit":
+        data[page + 100] ^= 1
+    if kind == "zeros":
+        data[page + 100 : page + 9000] = bytes(8900)
+    if kind == "bytes that are gone":
+        del data[page : page + 3000]
+    path.write_bytes(data)
+    n_samples, remark = count_samples(path)
+    assert n_samples == 640_000
+    n_seconds = float(re.fullmatch(r"(\d+\.\d+) s are damaged", remark)[1])
+    assert 0.5 < n_seconds < 8
+    n_wrong = 0
+    for i, (piece, problem) in enumerate(stream(path, 16_000)):
+        if problem:
+            n_wrong += len(piece) > 0
+        else:
+            assert largest_difference(piece, whole[16_000 * i :][:16_000]) <= 1e-6
+    assert n_seconds <= n_wrong <= n_seconds + 2
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("page", [2, -2, -1])
+def test_the_first_or_last_page_of_an_ogg_file_is_lost(tmp_path, subtype, page):
+    """It then begins later, or ends earlier, and that is told."""
+    path = tmp_path / "x.ogg"
+    write(path, noise(20), 16_000, format="OGG", subtype=subtype)
+    whole = load_audio(path)
+    data = bytearray(path.read_bytes())
+    data[page_starts(data)[page] + 40] ^= 1
+    path.write_bytes(data)
+    n_samples, remark = count_samples(path)
+    assert 17 < n_samples / 16_000 < 20
+    assert re.fullmatch(r"claims (19\.9\d|20\.00) s, 1\d\.\d\d s can be decoded", remark)
+    first = next(stream(path, 16_000))[0]
+    begin = 0 if page < 0 else round(16_000 * 20) - n_samples
+    assert largest_difference(first[8000:], whole[begin + 8000 : begin + 16_000]) <= 1e-3 or page == 2
+
+
 def test_scan_counts_what_pieces_can_reach(tmp_path):
     """libmpg123 gives up on a long damaged stretch: load_audio does not reach behind it, stream does."""
     path = tmp_path / "x.mp3"
@@ -529,9 +608,8 @@ def test_scan_counts_what_pieces_can_reach(tmp_path):
     assert n_streamed / 16_000 == pytest.approx(60, abs=1)
 
 
-@pytest.mark.parametrize("suffix", ["ogg", "mp3"])
-def test_frames_that_are_skipped_are_told(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
+def test_frames_that_are_skipped_are_told(tmp_path):
+    path = tmp_path / "x.mp3"
     soundfile.write(path, noise(20), 16_000)
     overwrite(path, 0.4, 500)
     n_samples, remark = count_samples(path)
@@ -550,20 +628,22 @@ ENCODED = [
 ]  # fmt: skip
 
 
-def encode(path: Path, samples: np.ndarray, rate: int, codec: str, with_video: bool = False) -> None:
+def encode(
+    path: Path, samples: np.ndarray, rate: int, codec: str, n_pictures: int = 0, form: str = ""
+) -> None:
     """Write (n, C) float32 with PyAV."""
     import av
 
-    form = {"aac": "adts", "wma": "asf", "mka": "matroska", "mkv": "matroska", "m4a": "ipod"}
+    forms = {"aac": "adts", "wma": "asf", "mka": "matroska", "mkv": "matroska", "m4a": "ipod"}
     channels = samples.shape[1]
     layout = "mono" if channels == 1 else "stereo"
-    with av.open(str(path), "w", format=form.get(path.suffix[1:])) as container:
+    with av.open(str(path), "w", format=form or forms.get(path.suffix[1:])) as container:
         track = container.add_stream(codec, rate=rate)
         track.layout = layout
         if codec not in ("flac", "alac", "pcm_s16le"):
             track.bit_rate = 128_000 * channels
-        if with_video:
-            add_video(container)
+        if n_pictures:
+            add_video(container, n_pictures)
         sample_format = track.codec_context.codec.audio_formats[0].name
         resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
         for i in range(0, len(samples), 1024):
@@ -576,15 +656,15 @@ def encode(path: Path, samples: np.ndarray, rate: int, codec: str, with_video: b
         container.mux(track.encode(None))
 
 
-def add_video(container) -> None:
-    """Three black pictures."""
+def add_video(container, n_pictures: int = 3) -> None:
+    """Black pictures, ten a second."""
     import av
 
     picture = container.add_stream("mpeg4", rate=10)
     picture.width = 64
     picture.height = 64
     picture.pix_fmt = "yuv420p"
-    for i in range(3):
+    for i in range(n_pictures):
         frame = av.VideoFrame.from_ndarray(np.zeros((96, 64), np.uint8), format="yuv420p")
         frame.pts = i
         container.mux(picture.encode(frame))
@@ -600,7 +680,7 @@ def av():
 def test_other_containers_hold_what_was_encoded(av, tmp_path, suffix, codec, rate, lag, decibel):
     samples = noise(6, rate, 2)
     path = tmp_path / f"x.{suffix}"
-    encode(path, samples, rate, codec, with_video=suffix in ("mp4", "mov", "mkv"))
+    encode(path, samples, rate, codec, n_pictures=3 * (suffix in ("mp4", "mov", "mkv")))
     with pytest.raises(soundfile.LibsndfileError):
         soundfile.info(path)
     with open_audio(path) as file:
@@ -693,6 +773,37 @@ def test_damage_in_other_containers_is_told_and_costs_its_pieces(av, tmp_path, s
     if suffix != "wma":
         assert n_damaged
         assert n_samples == pytest.approx(len(whole), abs=8000)
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "aac"])
+def test_joined_files_are_read_whole_or_refused(av, tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    codec = "libopus" if suffix == "webm" else "aac"
+    encode(path, noise(4, 48_000), 48_000, codec)
+    path.write_bytes(2 * path.read_bytes())
+    if suffix in ("m4a", "mp4"):
+        with pytest.raises(InputError, match=f"holds several {suffix} files, joined end to end: convert it"):
+            count_samples(path)
+    else:
+        assert count_samples(path) == (pytest.approx(128_000, abs=2000), "")
+
+
+@pytest.mark.parametrize("name, codec, form", [
+    ("x.mkv", "libopus", ""), ("x.mkv", "aac", ""), ("x.mp4", "aac", ""), ("x.m4a", "aac", "adts"),
+    ("x.oga", "flac", "ogg"), ("x.webm", "libopus", "ogg"), ("x.mp3", "aac", "ipod"),
+    ("x.wav", "libmp3lame", ""),
+])  # fmt: skip
+def test_whole_files_are_not_called_damaged(av, tmp_path, name, codec, form):
+    """Pictures that go on without sound, files named as another format, formats in others' containers."""
+    path = tmp_path / name
+    encode(path, noise(6, 48_000), 48_000, codec, 120 if name in ("x.mkv", "x.mp4") else 0, form)
+    assert count_samples(path) == (pytest.approx(96_000, abs=1200), "")
+
+
+def test_aac_named_mp3_is_called_that(av, tmp_path):
+    encode(tmp_path / "x.mp3", noise(6, 48_000), 48_000, "aac", form="adts")
+    with pytest.raises(InputError, match="is named mp3 but holds AAC: rename it to .aac"):
+        count_samples(tmp_path / "x.mp3")
 
 
 def test_a_cut_webm_is_counted_by_what_it_holds_and_that_is_told(av, tmp_path):

@@ -228,6 +228,13 @@ def test_pack_touches_no_other_file(folder):
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_source_that_is_named_twice_is_refused(folder):
+    (folder / "link.tsv").symlink_to("manifest.tsv")
+    with pytest.raises(InputError, match="manifest.tsv is named 2 times"):
+        pack(folder, "manifest.tsv", "link.tsv")
+    assert not (folder / "packed.tsv.partial").exists()
+
+
 def test_pack_makes_the_folder_of_its_output(folder):
     prepare.pack([str(folder / "manifest.tsv")], str(folder / "a" / "new" / "packed.tsv"))
     assert len(AudioDataset(folder / "a" / "new" / "packed.tsv")) == 8
@@ -585,14 +592,14 @@ def test_shards_that_are_none_are_named_before_the_work(tmp_path, name, data, me
 def write_parquet(tmp_path):
     """Writes columns, and Hugging Face's features if there are some, to a parquet file."""
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     def write(name: str, columns: dict, features: dict | None = None, **form) -> None:
         table = pyarrow.table(columns)
         if features:
             text = json.dumps({"info": {"features": features}})
             table = table.replace_schema_metadata({"huggingface": text})
-        pyarrow.parquet.write_table(table, tmp_path / name, **form)
+        parquet.write_table(table, tmp_path / name, **form)
 
     return write
 

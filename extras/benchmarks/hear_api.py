@@ -34,7 +34,7 @@ def load_model(path: str = "") -> nn.Module:
 
 
 def frames_of_piece(piece: Tensor, model: nn.Module) -> Tensor:
-    """Frames of a stretch of audio (n, S) that is at most as long as the clips of training, and padded to their
+    """Frames of a stretch of audio (n, S) that is at most as long as the clips of training, padded to their
     length: (n, H, 9D)."""
     config = model.config
     n_samples = torch.full((len(piece),), piece.shape[1], device=piece.device)
