@@ -28,6 +28,27 @@ from model import MAX_PATCH_ROWS, AudioClassifier, CheckpointError, Encoder, rea
 
 TOLERANCE = 1e-4  # largest error of model.onnx, relative to the largest output if that is above 1
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CARD = """
+## model.onnx
+
+The same network with its front end, for `pip install onnxruntime soundfile`. Input `waveform`: float32 (batch, samples),
+16 kHz mono in [-1, 1], from 25 ms to two minutes. Clips in training had {seconds:.2f} s: cut longer recordings into pieces
+of that length. Output: {output}. Its metadata hold the sample rate, clip_seconds and classes.
+
+```python
+import json
+import onnxruntime, soundfile
+
+session = onnxruntime.InferenceSession("model.onnx")
+about = session.get_modelmeta().custom_metadata_map
+samples, rate = soundfile.read("clip.wav", dtype="float32")  # 16 kHz mono
+{use}
+```
+"""
+USE_OF_ENCODER = """tokens, times = session.run(None, {"waveform": samples[None]})
+print(tokens.shape, times)"""
+USE_OF_CLASSIFIER = """probabilities = session.run(None, {"waveform": samples[None]})[0][0]
+print(json.loads(about["classes"])[probabilities.argmax()], probabilities.max())"""
 
 
 class FromSamples(nn.Module):
@@ -110,6 +131,8 @@ def write(source: str, folder: Path, onnx: bool, pt2: bool) -> list[str]:
         if onnx:
             write_onnx(program, module, shapes, folder / "model.onnx")
             written.append("model.onnx")
+            with open(folder / "README.md", "a", encoding="utf-8") as card:
+                card.write(card_of_onnx(model))
     return written
 
 
@@ -143,6 +166,18 @@ def metadata(model: Encoder | AudioClassifier) -> dict[str, str]:
         found["labels"] = json.dumps(list(model.classes))
         found["exclusive"] = json.dumps(model.exclusive)
     return found
+
+
+def card_of_onnx(model: Encoder | AudioClassifier) -> str:
+    """The model card's section on model.onnx."""
+    seconds = clip_samples(model.config.clip_frames) / SAMPLE_RATE
+    if isinstance(model, AudioClassifier):
+        output = "`probabilities` (batch, classes)"
+        use = USE_OF_CLASSIFIER
+    else:
+        output = "`tokens` (batch, 1 + 8 * rows, width), the CLS token first, and `times` (rows,), in seconds"
+        use = USE_OF_ENCODER
+    return CARD.format(seconds=seconds, output=output, use=use)
 
 
 def write_onnx(program: torch.export.ExportedProgram, module: FromSamples, shapes: tuple, path: Path) -> None:

@@ -397,6 +397,32 @@ def test_a_classifier_as_one_file_gives_the_scores_of_evaluate(tmp_path, called)
 
 
 @NEEDS_ONNX
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("classifier", marks=pytest.mark.long)])
+def test_the_code_of_the_model_card_runs_model_onnx(tmp_path, called, kind):
+    """As it stands there, beside the file."""
+    if kind == "encoder":
+        path = save_encoder(tmp_path / "x.pt")
+    else:
+        path = save_classifier(tmp_path / "x.pt", "bands", None, 1)
+    called(released, path, "out", "--onnx")
+    soundfile.write(tmp_path / "out" / "clip.wav", tone(8000).numpy(), SAMPLE_RATE, subtype="FLOAT")
+    card = (tmp_path / "out" / "README.md").read_text().split("## model.onnx")[1]
+    assert "Clips in training had 0.66 s" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    said = run_python(f"{code}import sys\nassert 'torch' not in sys.modules\n", folder=tmp_path / "out")
+    if kind == "encoder":
+        assert said.startswith("(1, 25, 64) [0.08 ")  # 48 frames: 3 rows
+        return
+    model = AudioClassifier.from_pretrained(path)
+    padded = torch.zeros(1, clip_samples(64))
+    padded[0, :8000] = tone(8000)
+    with torch.no_grad():
+        scores = model.probabilities(model(spectrogram(padded, torch.tensor([8000]), -5.0, 3.0)))[0]
+    assert said.split()[-2] == list(CLASSES.values())[int(scores.argmax())].split()[-1]
+    assert float(said.split()[-1]) == pytest.approx(float(scores.max()), abs=1e-5)
+
+
+@NEEDS_ONNX
 @pytest.mark.long
 def test_an_encoder_as_one_file_gives_tokens_and_their_times(tmp_path, called):
     path = save_encoder(tmp_path / "x.pt")
