@@ -31,9 +31,10 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CARD = """
 ## model.onnx
 
-The same network with its front end, for `pip install onnxruntime soundfile`. Input `waveform`: float32 (batch, samples),
-16 kHz mono in [-1, 1], from 25 ms to two minutes. Clips in training had {seconds:.2f} s: cut longer recordings into pieces
-of that length. Output: {output}. Its metadata hold the sample rate, clip_seconds and classes.
+The same network with its front end, for `pip install onnxruntime soundfile`. Input `waveform`: float32
+(batch, samples), 16 kHz mono in [-1, 1], from 25 ms to two minutes. Clips in training had {seconds:.2f} s:
+cut longer recordings into pieces of that length. Output: {output}. Its metadata hold
+the sample rate, clip_seconds and classes.
 
 ```python
 import json

@@ -28,11 +28,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (  # noqa: E402
@@ -324,11 +329,12 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     pcm.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
     pcm.touch()
-    done = read_partial(partial, digest)
-    if os.path.getsize(pcm) < done.n_bytes:
-        raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
     temporary = TemporaryDirectory(ignore_cleanup_errors=True)  # after an error threads may still use it
     with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, temporary as folder:
+        lock(samples, output)
+        done = read_partial(partial, digest)
+        if os.path.getsize(pcm) < done.n_bytes:
+            raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
         listing.truncate(done.n_listed)
         listing.seek(done.n_listed)
         samples.truncate(done.n_bytes)
@@ -344,6 +350,17 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
             listing.flush()
         os.fsync(samples.fileno())
     return finish(partial, pcm, output)
+
+
+def lock(file: IO, output: str) -> None:
+    """Keep other processes out until the file is closed. Raises InputError if one is there."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process is packing into {output}: wait for it") from None
+    except OSError:
+        print(f"WARNING: {output} cannot be locked: start only one process for it", file=sys.stderr)
 
 
 def identity(source: str) -> tuple:

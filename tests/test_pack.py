@@ -332,6 +332,11 @@ def test_a_killed_process_goes_on_to_the_same(folder):
         while process.poll() is None and n_lines <= n_done:
             time.sleep(0.001)
             n_lines = partial.read_bytes().count(b"\n") if partial.exists() else 0
+        process.send_signal(signal.SIGSTOP)
+        before = partial.read_bytes()
+        with pytest.raises(InputError, match="another process is packing into .*packed.tsv: wait for it"):
+            pack(folder, "0.tar", "1.tar")
+        assert partial.read_bytes() == before
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert n_done < partial.read_bytes().count(b"\n") < 201
