@@ -357,7 +357,7 @@ def train(config: FinetuneConfig) -> int:
     run.say(f"{len(classes)} classes, {len(data):,} clips, {len(test_set.data):,} to evaluate on")
     n_cut = data.n_cut + test_set.data.n_cut
     if n_cut:
-        run.warn(f"of {n_cut} longer clips only the first {config.clip_frames} frames are used")
+        run.warn(f"of {n_cut} longer clips only the first {config.clip_frames / 100:g} s are used")
     short = classes_cut_short(data)
     if short:
         run.warn(f"--min_samples {config.min_samples} leaves out clips of {', '.join(short)}")

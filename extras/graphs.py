@@ -32,24 +32,27 @@ CARD = """
 ## model.onnx
 
 The same network with its front end, for `pip install onnxruntime soundfile`. Input `waveform`: float32
-(batch, samples), 16 kHz mono in [-1, 1], from 25 ms to two minutes. Clips in training had {seconds:.2f} s:
-cut longer recordings into pieces of that length. Output: {output}. Its metadata hold
-the sample rate, clip_seconds and classes.
+(batch, samples), 16 kHz mono in [-1, 1], from 25 ms to two minutes. Output: {output}.
+Clips in training had {width:,} samples: shorter ones are padded, which changes what is heard; longer recordings
+are best cut into windows of that length.
 
 ```python
 import json
 import onnxruntime, soundfile
 
 session = onnxruntime.InferenceSession("model.onnx")
-about = session.get_modelmeta().custom_metadata_map
 samples, rate = soundfile.read("clip.wav", dtype="float32")  # 16 kHz mono
 {use}
 ```
 """
-USE_OF_ENCODER = """tokens, times = session.run(None, {"waveform": samples[None]})
+USE_OF_ENCODER = """tokens, times = session.run(None, {{"waveform": samples[None]}})
 print(tokens.shape, times)"""
-USE_OF_CLASSIFIER = """probabilities = session.run(None, {"waveform": samples[None]})[0][0]
-print(json.loads(about["classes"])[probabilities.argmax()], probabilities.max())"""
+USE_OF_CLASSIFIER = """classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+for start in range(0, max(1, len(samples) - {patch} + 1), {hop}):  # a window every {seconds:g} s
+    start = max(0, min(start, len(samples) - {width}))  # the last one ends with the recording
+    window = samples[None, start : start + {width}]
+    p = session.run(None, {{"waveform": window}})[0][0]
+    print(f"{{start / 16000:.2f}} s  {{classes[p.argmax()]}} {{p.max():.3f}}")"""
 
 
 class FromSamples(nn.Module):
@@ -103,10 +106,14 @@ class FromSamples(nn.Module):
 
 
 def check_packages(onnx: bool) -> None:
-    """Raise CheckpointError, which says what to install, if a package is missing that `write` needs."""
-    missing = [name for name in PACKAGES if onnx and not find_spec(name)]
+    """Raise CheckpointError, which says what to install, if a package is missing that `write` or the export
+    beside it needs."""
+    needed = ["safetensors"]
+    if onnx:
+        needed += PACKAGES
+    missing = [name for name in needed if not find_spec(name)]
     if missing:
-        raise CheckpointError(f"--onnx needs {', '.join(PACKAGES)}: pip install {' '.join(missing)}")
+        raise CheckpointError(f"this needs {', '.join(needed)}: pip install {' '.join(missing)}")
 
 
 def write(source: str, folder: Path, onnx: bool, pt2: bool) -> list[str]:
@@ -170,15 +177,18 @@ def metadata(model: Encoder | AudioClassifier) -> dict[str, str]:
 
 
 def card_of_onnx(model: Encoder | AudioClassifier) -> str:
-    """The model card's section on model.onnx."""
-    seconds = clip_samples(model.config.clip_frames) / SAMPLE_RATE
+    """The model card's section on model.onnx; a classifier hears the windows of listen.py."""
+    hop = model.config.clip_frames * FRAME_SHIFT
+    width = clip_samples(model.config.clip_frames)
     if isinstance(model, AudioClassifier):
         output = "`probabilities` (batch, classes)"
         use = USE_OF_CLASSIFIER
     else:
         output = "`tokens` (batch, 1 + 8 * rows, width), the CLS token first, and `times` (rows,), in seconds"
         use = USE_OF_ENCODER
-    return CARD.format(seconds=seconds, output=output, use=use)
+    patch = model.config.patch_size * FRAME_SHIFT
+    use = use.format(hop=hop, width=width, patch=patch, seconds=hop / SAMPLE_RATE)
+    return CARD.format(width=width, output=output, use=use)
 
 
 def write_onnx(program: torch.export.ExportedProgram, module: FromSamples, shapes: tuple, path: Path) -> None:

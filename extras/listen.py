@@ -7,9 +7,10 @@
     python extras/listen.py CKPT x.tsv --features x.npz      one row per clip: features, labels, files
 
 CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as
-the network's clips and lie side by side; with --hop 0.5 one begins every half second, and --timeline and
---csv mark changes as finely. Silent windows have no class. Only windows that contain damage are lost. A job
-that writes features can be stopped and resumed: the same command skips finished files.
+the network's clips and lie side by side, but the last ends with the file; with --hop 0.5 one begins every
+half second, and --timeline and --csv mark changes as finely. Silent windows have no class. Only windows that
+contain damage are lost. A job that writes features can be stopped and resumed: the same command skips
+finished files.
 """
 
 import argparse
@@ -66,23 +67,30 @@ class Piece(NamedTuple):
     problem: str
 
 
-def cut_into_pieces(path: Path, config: ModelConfig, hop: int) -> Iterator[Piece]:
+def cut_into_pieces(path: Path, config: ModelConfig, hop: int, full: bool) -> Iterator[Piece]:
     """The windows of a file, one every `hop` samples; the last is the first to reach the end of the file, of
-    which less than a patch may be left out. What is wrong with the file as a whole comes last, without sound.
-    """
+    which less than a patch may be left out. To be `full`, the last begins earlier, unless it is the only one
+    or that sound is damaged. What is wrong with the file as a whole comes last, without sound."""
     patch = config.patch_size * FRAME_SHIFT
+    width = clip_samples(config.clip_frames)
     begin = 0
     end = 0  # of the windows so far
+    before = torch.empty(0)  # the sound of the last one, if it is good
     try:
-        for waveform, problem in stream(path, clip_samples(config.clip_frames), hop):
+        for waveform, problem in stream(path, width, hop):
             reach = begin + len(waveform)
             if not len(waveform):
                 yield Piece(end, waveform, problem)
             elif begin == 0 and len(waveform) < FRAME_LENGTH:
                 raise InputError(f"too short: {len(waveform) / SAMPLE_RATE:.3f} s, a frame has 0.025 s")
             elif begin == 0 or (len(waveform) >= patch and reach > end):
-                yield Piece(begin, waveform, problem or find_problem(waveform))
+                problem = problem or find_problem(waveform)
+                missing = width - len(waveform)
+                if full and missing and len(before) and not problem:
+                    waveform = torch.cat([before[hop - missing : hop], waveform])
+                yield Piece(reach - len(waveform), waveform, problem)
                 end = reach
+                before = waveform[:0] if problem else waveform
             begin += hop
         if begin == 0:
             raise InputError("too short: it holds no sound")
@@ -130,17 +138,18 @@ def apply(
 @torch.no_grad()
 def hear(
     function: Callable[[Tensor], Tensor], path: Path, config: ModelConfig, device: torch.device,
-    hop: float = 0.0, batch_size: int = 0,
+    hop: float = 0.0, batch_size: int = 0, full: bool = False,
 ) -> Iterator[Window]:  # fmt: skip
     """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds or, by
-    default, side by side. Only a batch is in memory. Silent windows and those with a problem have no output.
+    default, side by side; `full` makes the last as long as the others. Only a batch is in memory. Silent
+    windows and those with a problem have no output.
     What is wrong with the file as a whole comes last, as a window without length, which is the only one if
     the file cannot be read. Raises InputError if outputs are not finite."""
     batch_size = batch_size or max(1, BATCH_FRAMES // config.clip_frames)
     batch = []
     form = dict(unit="s", delay=2, leave=False, disable=None)
     with tqdm(desc=path.name, total=round(claimed_seconds(path)), **form) as bar:
-        for piece in cut_into_pieces(path, config, hop_samples(config, hop)):
+        for piece in cut_into_pieces(path, config, hop_samples(config, hop), full):
             batch.append(piece)
             if len(batch) == batch_size:
                 yield from apply(function, batch, config, device)
@@ -215,26 +224,24 @@ def hear_classes(model: AudioClassifier, path: Path, device: torch.device, hop: 
     def probabilities(spec: Tensor) -> Tensor:
         return model.probabilities(model(spec))
 
-    return hear(probabilities, path, model.config, device, hop)
+    return hear(probabilities, path, model.config, device, hop, full=True)
 
 
-def window_shift(config: ModelConfig, hop: float) -> float:
-    """Seconds from a window's start to its middle stretch, which is as long as the hop."""
-    clip = config.clip_frames * FRAME_SHIFT
-    return (clip - hop_samples(config, hop)) / 2 / SAMPLE_RATE
-
-
-def stretches(windows: Iterable[tuple], shift: float) -> Iterator[tuple]:
-    """The time that each window stands for, its middle, without gaps: (begin, end, window) in seconds ->
-    (start, end, window)."""
+def stretches(windows: Iterable[tuple], config: ModelConfig) -> Iterator[tuple]:
+    """The time that each window stands for, up to half-way from its middle to that of the next:
+    (begin, end, window) in seconds -> (start, end, window)."""
+    clip = config.clip_frames * FRAME_SHIFT / SAMPLE_RATE
     start = 0.0
     end = 0.0
+    last_begin = 0.0
     before = None
     for begin, next_end, window in windows:
         if before is not None:
-            yield start, begin + shift, before
-            start = begin + shift
+            half_way = (last_begin + begin + clip) / 2
+            yield start, half_way, before
+            start = half_way
         before = window
+        last_begin = begin
         end = next_end
     if before is not None:
         yield start, end, before
@@ -324,11 +331,11 @@ class Stretch:
         return self.total / self.n_windows
 
 
-def find_likeliest(windows: list[dict], shift: float) -> list[Stretch]:
+def find_likeliest(windows: list[dict], config: ModelConfig) -> list[Stretch]:
     """The stretches of a file in which the likeliest class is the same, from the windows of `tag`."""
     found = []
     parts = [(window["start"], window["end"], window) for window in windows]
-    for start, end, window in stretches(parts, shift):
+    for start, end, window in stretches(parts, config):
         name = "silence"
         p = 1.0
         if "error" in window:
@@ -352,7 +359,7 @@ def detect(
     parts = ((window.begin, window.end, window) for window in windows)
     found = []
     going_on = {}  # class -> its stretch
-    for start, end, window in stretches(parts, window_shift(model.config, hop)):
+    for start, end, window in stretches(parts, model.config):
         above = []
         if window.output is not None:
             above = np.flatnonzero(window.output > threshold).tolist()
@@ -448,7 +455,7 @@ def print_tags(args: argparse.Namespace, model: AudioClassifier, path: Path, dev
         return "top" in record
     tqdm.write(in_words(record))
     if args.timeline:
-        for part in find_likeliest(record.get("windows", []), window_shift(model.config, args.hop)):
+        for part in find_likeliest(record.get("windows", []), model.config):
             span = f"{clock(part.start)} to {clock(part.end)}"
             p = f"{part.probability():.2f}".removesuffix("nan")
             tqdm.write(f"    {span:20s}  {part.name} {p}".rstrip())

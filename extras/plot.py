@@ -23,7 +23,7 @@ from data import (  # noqa: E402
     FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, InputError, clip_samples, load_audio, spectrogram,
 )  # fmt: skip
 from evaluate import Parser, run_script  # noqa: E402
-from extras.listen import Report, clock, hear_classes, name_classes, stretches, window_shift  # noqa: E402
+from extras.listen import Report, clock, hear_classes, name_classes, stretches  # noqa: E402
 from extras.media import claimed_seconds, stream  # noqa: E402
 from masking import inverse_block_mask  # noqa: E402
 from model import AudioClassifier, Encoder, ModelConfig  # noqa: E402
@@ -282,7 +282,7 @@ def plot_timeline(
     edges = [0.0]
     rows = []
     parts = [(window.begin, window.end, window) for window in windows]
-    for _, end, window in stretches(parts, window_shift(model.config, hop)):
+    for _, end, window in stretches(parts, model.config):
         row = np.zeros(len(model.classes))
         if window.problem:
             row = np.full(len(model.classes), np.nan)

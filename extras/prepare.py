@@ -282,7 +282,7 @@ def print_norm(output: str) -> None:
         mean, std, n_clips, _ = measure(data, MEASURED_CLIPS, os.cpu_count(), 30)
     except InputError:
         return  # silence, or nothing but shorter than a frame
-    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # of {n_clips} clips; of more: stats")
+    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # for pretrain.py, of {n_clips} clips; of more: stats")
 
 
 def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:

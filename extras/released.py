@@ -292,16 +292,14 @@ def main() -> int:
     parser.add_argument("--pt2", action="store_true", help="write model.pt2, the same for torch.export.load")
     parser.add_argument("--licence", default="", help="of the weights, for the model card: mit, ...")
     args = parser.parse_args()
-    wants_graph = args.onnx or args.pt2
-    if wants_graph:
-        graphs.check_packages(args.onnx)
+    graphs.check_packages(args.onnx)
     reason = export(args.checkpoint, args.folder, args.published, args.licence)
     files = ["config.json, model.safetensors, README.md (Hugging Face)"]
     if reason:
         print(f"no fairseq.pt, it would not be exact with the released code: {reason}", file=sys.stderr)
     else:
         files.append("fairseq.pt")
-    if wants_graph:
+    if args.onnx or args.pt2:
         files += graphs.write(args.checkpoint, Path(args.folder), args.onnx, args.pt2)
     print(f"{args.folder}: {'; '.join(files)}")
     return 0

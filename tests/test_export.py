@@ -18,7 +18,7 @@ from conftest import ROOT, tone
 
 from data import SAMPLE_RATE, AudioDataset, clip_samples, spectrogram
 from evaluate import predict, save_checkpoint
-from extras import graphs, released
+from extras import graphs, listen, released
 from extras.export import export
 from model import EAT, MODELS, POOLINGS, AudioClassifier, CheckpointError, Encoder, read_pretrained
 
@@ -397,29 +397,32 @@ def test_a_classifier_as_one_file_gives_the_scores_of_evaluate(tmp_path, called)
 
 
 @NEEDS_ONNX
-@pytest.mark.parametrize("kind", ["encoder", pytest.param("classifier", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
 def test_the_code_of_the_model_card_runs_model_onnx(tmp_path, called, kind):
-    """As it stands there, beside the file."""
+    """As it stands there, beside the file; of a classifier it says of a long file what listen.py says."""
     if kind == "encoder":
         path = save_encoder(tmp_path / "x.pt")
     else:
         path = save_classifier(tmp_path / "x.pt", "bands", None, 1)
     called(released, path, "out", "--onnx")
-    soundfile.write(tmp_path / "out" / "clip.wav", tone(8000).numpy(), SAMPLE_RATE, subtype="FLOAT")
+    sound = torch.cat([tone(10_000, hz=100 * i) for i in range(1, 5)])
+    soundfile.write(tmp_path / "out" / "clip.wav", sound.numpy(), SAMPLE_RATE, subtype="FLOAT")
     card = (tmp_path / "out" / "README.md").read_text().split("## model.onnx")[1]
-    assert "Clips in training had 0.66 s" in card
+    assert "Clips in training had 10,480 samples" in card
     code = card.split("```python\n")[1].split("```")[0]
     said = run_python(f"{code}import sys\nassert 'torch' not in sys.modules\n", folder=tmp_path / "out")
     if kind == "encoder":
-        assert said.startswith("(1, 25, 64) [0.08 ")  # 48 frames: 3 rows
+        assert said.startswith("(1, 121, 64) [0.08 ")  # 248 frames: 15 rows
         return
-    model = AudioClassifier.from_pretrained(path)
-    padded = torch.zeros(1, clip_samples(64))
-    padded[0, :8000] = tone(8000)
-    with torch.no_grad():
-        scores = model.probabilities(model(spectrogram(padded, torch.tensor([8000]), -5.0, 3.0)))[0]
-    assert said.split()[-2] == list(CLASSES.values())[int(scores.argmax())].split()[-1]
-    assert float(said.split()[-1]) == pytest.approx(float(scores.max()), abs=1e-5)
+    record = json.loads(called(listen, path, "out/clip.wav", "--json").stdout)
+    assert len(record["windows"]) == 4
+    for line, window in zip(said.splitlines(), record["windows"], strict=True):
+        name, p = next(iter(window["top"].items()))
+        begin, _, *words = line.split()
+        assert float(begin) == pytest.approx(window["start"], abs=0.006)
+        assert " ".join(words[:-1]) == name
+        assert float(words[-1]) == pytest.approx(p, abs=6e-4)
 
 
 @NEEDS_ONNX
@@ -455,9 +458,10 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("name", graphs.PACKAGES)
+@pytest.mark.parametrize("name", ["safetensors", *graphs.PACKAGES])
 def test_a_missing_package_is_one_line_and_nothing_is_written(tmp_path, called, monkeypatch, name):
     monkeypatch.setattr(graphs, "find_spec", lambda package: None if package == name else True)
     result = called(released, save_encoder(tmp_path / "x.pt"), "out", "--onnx", check=False)
-    assert result.stderr == f"released.py: --onnx needs onnx, onnxscript, onnxruntime: pip install {name}\n"
+    need = "this needs safetensors, onnx, onnxscript, onnxruntime"
+    assert result.stderr == f"released.py: {need}: pip install {name}\n"
     assert not (tmp_path / "out").exists()

@@ -1244,7 +1244,7 @@ def test_clips_longer_than_the_network_are_cut(folder, tune, capsys):
     assert tune(*TINY, "--updates", 3) == 0
     assert read_log(folder / "run")[-1]["clips"] == 8
     said = capsys.readouterr().out
-    assert f"WARNING: of {2 * n_long} longer clips only the first 64 frames are used" in said
+    assert f"WARNING: of {2 * n_long} longer clips only the first 0.64 s are used" in said
 
 
 @NEEDS_GPU

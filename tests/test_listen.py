@@ -64,37 +64,46 @@ def table(text: str) -> list[dict]:
 @pytest.mark.parametrize(
     "n_samples", [400, HOP - 1, HOP, HOP + 100, HOP + PATCH - 1, HOP + PATCH, 2 * HOP, 10 * HOP + 7777]
 )
-def test_windows_lie_side_by_side(tmp_path, n_samples):
+@pytest.mark.parametrize("full", [False, True])
+def test_windows_lie_side_by_side(tmp_path, n_samples, full):
     """They begin one clip apart, the last ends with the sound, less than a patch of the file is lost; each is
-    what the spectrogram of that stretch is, whatever the batch size."""
+    what the spectrogram of that stretch is, whatever the batch size. The last may have to be as long as they.
+    """
     sound = torch.cat([tone(8000, hz=100 * i) for i in range(1, 22)])[:n_samples]
     soundfile.write(tmp_path / "clip.wav", sound.numpy(), 16_000, subtype="FLOAT")
-    windows = list(hear(same, tmp_path / "clip.wav", CONFIG, CPU, batch_size=3))
+    windows = list(hear(same, tmp_path / "clip.wav", CONFIG, CPU, batch_size=3, full=full))
     assert len(windows) == 1 + max(0, n_samples - PATCH) // HOP
     end = 0
     for i, window in enumerate(windows):
         assert window.problem == ""
-        assert window.begin == i * HOP / 16_000
         end = min(i * HOP + WIDTH, n_samples)
+        begin = i * HOP
+        if full:
+            begin = max(0, min(begin, end - WIDTH))
+        assert window.begin == begin / 16_000
         assert window.end == end / 16_000
-        expected = slow_spectrogram(sound[i * HOP : end])[0]
+        expected = slow_spectrogram(sound[begin:end])[0]
         np.testing.assert_allclose(window.output, expected, atol=1e-4)
     assert n_samples - end < PATCH
 
 
 @pytest.mark.parametrize("hop", [0.05, 0.1, 0.5, 0.96])
 @pytest.mark.parametrize("n_samples", [900, WIDTH, WIDTH + 100, 2 * HOP + 5000])
-def test_windows_may_overlap(tmp_path, hop, n_samples):
+@pytest.mark.parametrize("full", [False, True])
+def test_windows_may_overlap(tmp_path, hop, n_samples, full):
     """One every hop; the last is the first that reaches the end, of which nothing is lost unless they overlap
     by less than a patch."""
     sound = torch.cat([tone(8000, hz=100 * i) for i in range(1, 6)])[:n_samples]
     soundfile.write(tmp_path / "clip.wav", sound.numpy(), 16_000, subtype="FLOAT")
-    windows = list(hear(same, tmp_path / "clip.wav", CONFIG, CPU, hop))
+    windows = list(hear(same, tmp_path / "clip.wav", CONFIG, CPU, hop, full=full))
     for i, window in enumerate(windows):
         begin = round(i * hop * 16_000)
+        end = min(begin + WIDTH, n_samples)
+        if full:
+            begin = max(0, min(begin, end - WIDTH))
         assert window.begin == begin / 16_000
-        assert window.end == min(begin + WIDTH, n_samples) / 16_000
-        expected = slow_spectrogram(sound[begin:][:WIDTH])[0]
+        assert window.end == end / 16_000
+        expected = slow_spectrogram(sound[begin:end])[0]
         np.testing.assert_allclose(window.output, expected, atol=1e-4)
     ends = [round(window.end * 16_000) for window in windows]
     assert ends == sorted(set(ends))
@@ -237,14 +246,14 @@ def test_tags_of_files(classifier, called):
 
 
 def test_probabilities_are_those_of_the_network(classifier, called):
-    """Of each window; of the file, the mean weighted by how much sound a window holds."""
+    """Of each window, the last of which is a whole one, too; of the file, their mean."""
     sound = torch.cat([tone(HOP), tone(6000, hz=2000)])
     soundfile.write(classifier / "long.wav", sound.numpy(), 16_000, subtype="FLOAT")
     state = load_checkpoint(classifier / "classifier.pt")
     model = AudioClassifier.from_pretrained(classifier / "classifier.pt")
     margin = []
     with torch.no_grad():
-        for part in (sound[:WIDTH], sound[HOP:]):
+        for part in (sound[:WIDTH], sound[-WIDTH:]):
             margin.append(model(slow_spectrogram(part))[0] @ torch.tensor([1.0, -1.0]))
     scale = 2 / (margin[0] - margin[1])  # a head that says .73 of the first window and .27 of the second
     state["classifier"]["head.weight"] *= scale
@@ -256,7 +265,7 @@ def test_probabilities_are_those_of_the_network(classifier, called):
         assert window["top"] == pytest.approx({"Low tone": low, "High tone": 1 - low}, abs=5e-3)
         likeliest = "Low tone" if low > 0.5 else "High tone"
         assert list(window["top"])[0] == likeliest
-    mean = np.average(p, weights=[WIDTH, 6000])
+    mean = np.mean(p)
     assert record["top"] == pytest.approx({"Low tone": mean, "High tone": 1 - mean}, abs=5e-3)
     assert record["seconds"] == round((HOP + 6000) / 16_000, 2)
 
@@ -318,7 +327,8 @@ def test_a_long_file_has_a_timeline(classifier, called):
     soundfile.write(classifier / "long.wav", sound.numpy(), 16_000)
     record = json.loads(called(listen, "classifier.pt", "long.wav", "--json").stdout)
     starts = [window["start"] for window in record["windows"]]
-    assert starts == [i * 0.96 for i in range(7)]
+    last = (100_000 - WIDTH) / 16_000  # it ends with the file
+    assert starts == [0, 0.96, 1.92, 2.88, 3.84, 4.8, last]
     assert record["seconds"] == pytest.approx(100_000 / 16_000, abs=0.16)
     assert [w["start"] for w in record["windows"] if w["top"] is None] == [2.88, 3.84]
     text = called(listen, "classifier.pt", "long.wav", "--timeline").stdout.splitlines()

@@ -329,7 +329,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_then_the_teacher_follows():
     config = dataclasses.replace(
         UPDATE, data="x.tsv", accumulate=2, batch_size=4, lr=1e-2, clip_norm=0.5, ema_decay=0.2,
         ema_decay_end=0.8, ema_anneal=4, utterance_weight=3.0, weight_decay=0.3, beta1=0.6, beta2=0.7,
-        target_layers=1,
+        target_layers=1, mask_ratio=0.75,
     )  # fmt: skip
     student, teacher, _, scaler, dtype = parts_of_run(config)
     optimizer = pretrain.Run(config).optimizer(student.parameters())
