@@ -176,7 +176,7 @@ def read_clip(path: str, config: ModelConfig) -> tuple[Tensor, float, str]:
 
 def draw_spectrogram(axis: Axes, spec: Tensor, length: float, colours: str = "magma"):
     """A spectrogram (1, 1, F, M), grey where it is nan; `length` is that of its axis of time."""
-    axis.set(xlabel="time / s", ylabel="mel band")
+    axis.set(xlabel="time / s", ylabel="mel bin")
     extent = (0, length, 0, spec.shape[3])
     cmap = matplotlib.colormaps[colours].with_extremes(bad=GREY)
     return axis.imshow(spec[0, 0].T.numpy(), origin="lower", aspect="auto", extent=extent, cmap=cmap)
