@@ -33,12 +33,11 @@ CARD = """
 
 The same network with its front end, for `pip install onnxruntime soundfile`. Input `waveform`: float32
 (batch, samples), 16 kHz mono in [-1, 1], from 25 ms to two minutes. Output: {output}.
-Clips in training had {width:,} samples: shorter ones are padded, which changes what is heard; longer recordings
-are best cut into windows of that length.
+Clips in training had {width:,} samples: shorter ones are padded, which changes what is heard; longer
+recordings are best cut into windows of that length.
 
 ```python
-import json
-import onnxruntime, soundfile
+{imports}import onnxruntime, soundfile
 
 session = onnxruntime.InferenceSession("model.onnx")
 samples, rate = soundfile.read("clip.wav", dtype="float32")  # 16 kHz mono
@@ -177,18 +176,20 @@ def metadata(model: Encoder | AudioClassifier) -> dict[str, str]:
 
 
 def card_of_onnx(model: Encoder | AudioClassifier) -> str:
-    """The model card's section on model.onnx; a classifier hears the windows of listen.py."""
+    """The model card's section on model.onnx; a classifier hears listen.py's windows, and silent ones."""
     hop = model.config.clip_frames * FRAME_SHIFT
     width = clip_samples(model.config.clip_frames)
     if isinstance(model, AudioClassifier):
         output = "`probabilities` (batch, classes)"
+        imports = "import json\n"
         use = USE_OF_CLASSIFIER
     else:
         output = "`tokens` (batch, 1 + 8 * rows, width), the CLS token first, and `times` (rows,), in seconds"
+        imports = ""
         use = USE_OF_ENCODER
     patch = model.config.patch_size * FRAME_SHIFT
     use = use.format(hop=hop, width=width, patch=patch, seconds=hop / SAMPLE_RATE)
-    return CARD.format(width=width, output=output, use=use)
+    return CARD.format(width=width, output=output, imports=imports, use=use)
 
 
 def write_onnx(program: torch.export.ExportedProgram, module: FromSamples, shapes: tuple, path: Path) -> None:

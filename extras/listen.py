@@ -7,9 +7,9 @@
     python extras/listen.py CKPT x.tsv --features x.npz      one row per clip: features, labels, files
 
 CKPT is what model.read_pretrained knows: a run folder, a .pt file, released weights. Windows are as long as
-the network's clips and lie side by side, but the last ends with the file; with --hop 0.5 one begins every
-half second, and --timeline and --csv mark changes as finely. Silent windows have no class. Only windows that
-contain damage are lost. A job that writes features can be stopped and resumed: the same command skips
+the network's clips and lie side by side, but for tags the last ends with the file; with --hop 0.5 one begins
+every half second, and --timeline and --csv mark changes as finely. Silent windows have no class. Only windows
+that contain damage are lost. A job that writes features can be stopped and resumed: the same command skips
 finished files.
 """
 
@@ -256,14 +256,16 @@ def tag(model: AudioClassifier, path: Path, device: torch.device, top_k: int = 5
     total_seconds = 0.0
     windows = []
     report = Report()
-    for window in report.follow(hear_classes(model, path, device, hop)):
+    heard = report.follow(hear_classes(model, path, device, hop))
+    parts = ((window.begin, window.end, window) for window in heard)
+    for start, end, window in stretches(parts, model.config):
         entry = dict(start=window.begin, end=window.end, top=None)
         if window.problem:
             entry["error"] = window.problem
         if window.output is not None:
             entry["top"] = pick_top(window.output, names, top_k)
-            total += window.output * (window.end - window.begin)
-            total_seconds += window.end - window.begin
+            total += window.output * (end - start)  # windows may overlap
+            total_seconds += end - start
         windows.append(entry)
     record = dict(file=str(path))
     problem = report.problem()

@@ -30,7 +30,7 @@ from data import (
     CLIP_FRAMES, FILTER_REACH, FRAME_LENGTH, MAX_SAMPLES, SAMPLE_RATE, InputError, clip_samples, load_audio,
     open_audio, resample, whole_rate,
 )  # fmt: skip
-from extras.ogg import is_ogg, last_page, ogg_holes
+from extras.ogg import MARGIN, PartFile, find_parts, is_ogg, last_page
 
 # Read by PyAV
 OTHER_SUFFIXES = ".m4a .m4b .m4v .mp4 .mov .3gp .aac .webm .mka .mkv .wma .amr .ape".split()
@@ -54,8 +54,11 @@ BLOCK = 16_384  # frames decoded at a time
 WARM_UP = 4608  # frames that may be wrong where decoding begins anew in an mp3
 LEFT_OVER = 0.5  # seconds behind the claimed end that need not be sound
 SHORTEST_GAP = 0.5  # seconds between the times of two packets: more than this is missing sound,
+SHORTEST_GAP_OGG = 0.01  # in Ogg, whose times are exact
 LONGEST_GAP = 60.0  # and more than this is a clock that was reset
 LONGEST_HOLE = 2**20  # bytes of an mp3 in which the end of damage is looked for
+MOST_BOXES = 100_000  # of an mp4 file: a day in parts of a second
+MOST_HEADS = 50  # of an mp3: a frame begins at one of the first that look like one
 MP3_HEAD = re.compile(rb"\xff[\xe2-\xfe]")  # of a frame
 SLACK = 575  # frames that may be missing without a remark: less than a frame of mp3
 
@@ -102,7 +105,7 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
             twice.append(path)
     if twice:
         first = min(twice).relative_to(folder)
-        print(f"listed twice: {len(twice)} files and links to them, such as {first}", file=sys.stderr)
+        print(f"{len(twice)} links to files that are listed as well, such as {first}", file=sys.stderr)
     if hidden:
         first = min(hidden).relative_to(folder)
         print(f"left out: {len(hidden)} files that are hidden or a tool's, such as {first}", file=sys.stderr)
@@ -190,27 +193,36 @@ class MediaFile:
         options.update(codec_whitelist=DECODERS, max_probe_packets="1")
         self.container = av.open("fd:", container_options=options)
         self.track = self.container.streams.best("audio")
+        self.samplerate = 0
+        self.channels = 0
+        self.position = 0  # the next frame
+        self.source = fill_gaps(self.decode())
+        self.left = b""  # decoded, not read
+        self.is_good = True  # whether that is sound
+        self.claimed = 0  # frames
+        self.slack = 0  # frames by which the claim may be wrong
+        try:
+            self.begin(kind)
+        except BaseException:
+            self.__exit__()
+            raise
+        # The true number is known only at the end; load_audio reads what there is, up to this many
+        self.frames = (MAX_SAMPLES - 2**26) * self.samplerate // SAMPLE_RATE
+
+    def begin(self, kind: str) -> None:
+        """Decode the first frames, which tell rate and channels. Raises InputError."""
         if self.track is None:
             raise InputError(f"this {kind} has no sound")
         codec = self.track.codec_context
         if codec is None or codec.name not in DECODERS.split(","):
             raise InputError(f"the sound of this {kind} has a codec that is not read: convert it with ffmpeg")
         codec.options = dict(err_detect="crccheck+explode")
-        self.samplerate = 0
-        self.channels = 0
-        self.position = 0  # the next frame
-        self.source = fill_gaps(self.decode())
-        self.left, self.is_good = next(self.source, (b"", True))  # decoded, not read; tells rate and channels
+        self.left, self.is_good = next(self.source, (b"", True))
         if not len(self.left):
             raise InputError(f"nothing of this {kind} can be decoded")
-        # The true number is known only at the end; load_audio reads what there is, up to this many
-        self.frames = (MAX_SAMPLES - 2**26) * self.samplerate // SAMPLE_RATE
-        self.slack = self.samplerate // 10  # frames by which the claim may be wrong
         self.claimed = round(self.claimed_seconds() * self.samplerate)
-        form = self.container.format.name
-        if "mov" in form and holds_several_mp4(path):
-            raise InputError(f"holds several {kind} files, joined end to end: convert it")
-        if "matroska" in form and self.container.streams.video:  # which may be longer than the sound
+        self.slack = self.samplerate // 10
+        if "matroska" in self.container.format.name and self.container.streams.video:  # it may be longer
             self.slack += self.claimed // 50
 
     def claimed_seconds(self) -> float:
@@ -221,16 +233,19 @@ class MediaFile:
             return 0  # there it is a guess
         if "matroska" not in form:
             return float((self.track.duration or 0) * self.track.time_base) or end
-        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.track.metadata.get("DURATION", ""))
+        tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self.track.metadata.get("DURATION", ""))
         if tag:  # of the sound alone
             hours, minutes, seconds = map(float, tag.groups())
-            end = 3600 * hours + 60 * minutes + seconds
+            end = min(end or math.inf, 3600 * hours + 60 * minutes + seconds)
         start = float((self.track.start_time or 0) * self.track.time_base)
-        return end - max(0, start)  # both are times of a clock that need not begin with 0
+        return max(0, end - max(0, start))  # both are times of a clock that need not begin with 0
 
     def decode(self) -> Iterator[np.ndarray | int]:
         """Arrays (n, C) and, for what is damaged, the number of frames."""
         packets = self.container.demux(self.track)
+        shortest = SHORTEST_GAP
+        if self.container.format.name == "ogg":
+            shortest = SHORTEST_GAP_OGG
         clock = 0.0  # seconds at which the last packet began
         n_since = 0  # frames since then
         while True:
@@ -246,7 +261,7 @@ class MediaFile:
                 clock = float(packet.pts * packet.time_base)
                 missing = round((clock - before) * rate) - n_since
                 n_since = 0
-                if self.samplerate and SHORTEST_GAP < missing / rate < LONGEST_GAP:
+                if self.samplerate and shortest < missing / rate < LONGEST_GAP:
                     yield missing  # FFmpeg passed over packets
             try:
                 frames = packet.decode()
@@ -352,16 +367,37 @@ def say_slow() -> None:
 # ----- Whole files -----------------------------------------------------------------------------------------
 
 
-class Forward(soundfile.SoundFile):
+class NoSeek(soundfile.SoundFile):
     """A SoundFile that does not seek after each read: an mp3 frame uses bits of earlier frames, which a seek
     makes libmpg123 forget."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class Forward(NoSeek):
+    """The same from a byte of an open file on, read by its descriptor."""
 
     def __init__(self, raw, byte: int = 0):
         raw.seek(byte)
         super().__init__(raw.fileno(), closefd=False)
 
-    def seekable(self) -> bool:
-        return False
+
+def read_block(file: soundfile.SoundFile, n: int) -> np.ndarray:
+    """At most n frames, (n, C) float32; none at the end and at damage."""
+    try:
+        return file.read(n, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError:
+        return np.zeros((0, file.channels), np.float32)
+
+
+def drop(file: soundfile.SoundFile, n: int) -> None:
+    """Read the next n frames, or as many as there are, for nothing."""
+    while n > 0:
+        block = read_block(file, min(BLOCK, n))
+        if not len(block):
+            return
+        n -= len(block)
 
 
 class WholeFile:
@@ -382,6 +418,8 @@ class WholeFile:
         self.claimed = claimed_frames(self.file)
         if is_ogg(file):
             self.claimed = max(self.claimed, last_page(file, raw))
+        if file.format == "AV" and "mov" in file.container.format.name and holds_several_mp4(raw):
+            raise InputError("holds several files, joined end to end: convert it")
         if self.claimed > 2**62:
             raise InputError("its header does not say how long it is: convert it")
         if self.claimed * SAMPLE_RATE // self.rate >= MAX_SAMPLES:
@@ -462,23 +500,42 @@ class WholeFile:
                 left = self.file.frames - WARM_UP
 
     def decode_ogg(self) -> Iterator[np.ndarray | int]:
-        """The same of Vorbis and Opus. Behind lost pages libsndfile reads from another place, but seeks
-        exactly in a file that was opened again."""
-        self.file = Forward(self.raw)
-        holes = ogg_holes(self.raw, self.file)
-        self.file = Forward(self.raw)
+        """The same of Vorbis and Opus; if pages are lost, each part between them by itself."""
+        rate = self.file.samplerate
+        n_frames = self.file.frames
+        found = find_parts(self.raw, rate)
+        if len(found.parts) < 2:
+            yield from self.decode()
+            return
+        skip = found.skip * rate // found.clock
+        first = found.parts[-1].time * rate // found.clock - n_frames  # the clock need not begin with 0
         at = 0
-        for begin, end in [*holes, (self.file.frames, 0)]:
-            while at < begin:
-                block = self.file.read(min(BLOCK, begin - at), dtype="float32", always_2d=True)
-                if not len(block):
-                    return
-                yield block
-                at += len(block)
-            if end > at:
-                yield end - at
-                self.file = Forward(self.raw)
-                at = self.file.seek(end)
+        for part in found.parts:
+            try:
+                file = NoSeek(PartFile(self.raw, found.head, part))
+            except soundfile.LibsndfileError:
+                continue
+            end = part.time * rate // found.clock - first - skip
+            begin = 0
+            good = 0  # where its sound is that of the whole file
+            if at:
+                begin = end - file.frames
+                good = begin
+            if at and skip:
+                good += round(MARGIN * rate)
+            good = max(at, good)
+            if good >= n_frames:
+                continue  # it is too short, or its times are wrong
+            if good > at:
+                yield good - at
+                at = good
+            with file:
+                drop(file, at - begin)
+                block = read_block(file, BLOCK)
+                while len(block):
+                    yield block
+                    at += len(block)
+                    block = read_block(file, BLOCK)
 
     def go_on(self, at: int) -> int:
         """Reopen at frames further and further after `at`: returns how many were skipped, 0 if that fails."""
@@ -550,9 +607,9 @@ def first_frame(raw) -> int:
     begins in the middle of a frame, and AAC, of which it makes noise."""
     raw.seek(0)
     head = raw.read(LONGEST_HOLE)
-    if container_of(raw.name) == "aac":
+    if head[:2] in (b"\xff\xf1", b"\xff\xf9"):
         raise InputError("is named mp3 but holds AAC: rename it to .aac")
-    for byte in [0, *(match.start() for match in itertools.islice(MP3_HEAD.finditer(head), 1000))]:
+    for byte in [0, *(match.start() for match in itertools.islice(MP3_HEAD.finditer(head), MOST_HEADS))]:
         try:
             Forward(raw, byte).close()
             return byte
@@ -654,21 +711,21 @@ def length_of_tag(head: bytes, form: str) -> int:
     return 8 + int.from_bytes(head[4:8], "little")
 
 
-def holds_several_mp4(path: str | os.PathLike) -> bool:
+def holds_several_mp4(raw) -> bool:
     """Whether these are several joined files, of which FFmpeg reads the first only."""
+    size = os.fstat(raw.fileno()).st_size
     n_heads = 0
     at = 0
-    with open(path, "rb") as file:
-        while at < os.path.getsize(path):
-            file.seek(at)
-            head = file.read(16)
-            n_heads += head[4:8] == b"moov"
-            size = int.from_bytes(head[:4], "big")
-            if size == 1:
-                size = int.from_bytes(head[8:], "big")
-            if size < 8:  # 0 means the rest of the file
-                break
-            at += size
+    for _ in range(MOST_BOXES):
+        raw.seek(at)
+        head = raw.read(16)
+        n_heads += head[4:8] == b"moov"
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        at += length
+        if length < 8 or at >= size or n_heads > 1:  # of length 0 is the last
+            break
     return n_heads > 1
 
 
@@ -696,6 +753,8 @@ def count_samples(path: str | os.PathLike) -> tuple[int, str]:
         if clip_samples(CLIP_FRAMES) / SAMPLE_RATE < seconds and whole.readable < whole.decoded:
             pieces = f"only `prepare.py pack` reads what follows {seconds:.2f} s"
             remark = f"{remark}; {pieces}".removeprefix("; ")
+        if is_ogg(whole.file) and whole.damaged:
+            remark += ", where pieces read from the file are wrong: `prepare.py pack` makes them silent"
         n_samples = whole.readable * SAMPLE_RATE // whole.rate
         is_broken = whole.is_broken
         if not whole.claimed and whole.behind > 1000:

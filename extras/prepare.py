@@ -282,7 +282,8 @@ def print_norm(output: str) -> None:
         mean, std, n_clips, _ = measure(data, MEASURED_CLIPS, os.cpu_count(), 30)
     except InputError:
         return  # silence, or nothing but shorter than a frame
-    print(f"--norm_mean {mean:.3f} --norm_std {std:.3f}    # for pretrain.py, of {n_clips} clips; of more: stats")
+    norm = f"--norm_mean {mean:.3f} --norm_std {std:.3f}"
+    print(f"{norm}    # for pretrain.py, of {n_clips} clips; of more: stats")
 
 
 def stats(source: str, max_clips: int, workers: int, timeout: float = 30) -> None:
@@ -314,9 +315,12 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     if the next clip is damaged, "lost" if more of the source may be missing). Returns 1 if any is lost."""
     if not output.endswith(".tsv") or output in sources:
         raise InputError(f"{output}: the last name is that of the new list and must end with .tsv")
-    for source, n in Counter(map(os.path.realpath, sources)).items():
-        if n > 1:
-            raise InputError(f"{source} is named {n} times")
+    named = {}
+    for source in sources:
+        place = os.path.realpath(source)
+        if place in named:
+            raise InputError(f"{source} is named twice, or the same as {named[place]}")
+        named[place] = source
     partial = Path(f"{output}.partial")
     pcm = Path(output).with_suffix(".pcm")
     if not partial.exists():
@@ -328,13 +332,27 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     digest = hashlib.sha256(os.fsencode(content)).hexdigest()
     pcm.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
+    with open(partial, "r+b") as listing:
+        lock(listing, output)
+        if partial.exists() and os.path.exists(output) and not os.path.getsize(partial):
+            partial.unlink()  # that of another process is gone, and this one is new
+        if not partial.exists():
+            raise InputError(f"another process has just made {output}")
+        write_packed(listing, sources, known, digest, partial, pcm, workers, timeout)
+    return finish(partial, pcm, output)
+
+
+def write_packed(
+    listing: IO, sources: list[str], known: dict[str, str], digest: str, partial: Path, pcm: Path,
+    workers: int, timeout: float,
+) -> None:  # fmt: skip
+    """What `pack` does with its .partial file, `listing`, locked."""
+    done = read_partial(partial, digest)
     pcm.touch()
+    if os.path.getsize(pcm) < done.n_bytes:
+        raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
     temporary = TemporaryDirectory(ignore_cleanup_errors=True)  # after an error threads may still use it
-    with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, temporary as folder:
-        lock(samples, output)
-        done = read_partial(partial, digest)
-        if os.path.getsize(pcm) < done.n_bytes:
-            raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
+    with open(pcm, "r+b") as samples, temporary as folder:
         listing.truncate(done.n_listed)
         listing.seek(done.n_listed)
         samples.truncate(done.n_bytes)
@@ -349,14 +367,13 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
             listing.write(os.fsencode(lines))
             listing.flush()
         os.fsync(samples.fileno())
-    return finish(partial, pcm, output)
 
 
 def lock(file: IO, output: str) -> None:
     """Keep other processes out until the file is closed. Raises InputError if one is there."""
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's would end when anybody closes the file
     except (BlockingIOError, PermissionError):
         raise InputError(f"another process is packing into {output}: wait for it") from None
     except OSError:
@@ -511,7 +528,7 @@ def finish(partial: Path, pcm: Path, output: str) -> int:
     for text in texts("lost"):
         print(f"WARNING: clips are missing: {text.expandtabs(1)}", file=sys.stderr)
         status = 1
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another process may have finished it, too
     return status
 
 

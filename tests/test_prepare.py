@@ -85,7 +85,7 @@ def test_scan_prints_mean_and_std(folder, script):
     """Of all clips, as Kaldi's values have them, if there are few."""
     said = script(PREPARE, "scan", folder, "-o", "made.tsv").stdout
     values = torch.cat([kaldi(load_audio(folder / f"clip {i}.wav")).flatten() for i in range(8)])
-    found = re.search(r"--norm_mean (\S+) --norm_std (\S+)    # of 8 clips", said)
+    found = re.search(r"--norm_mean (\S+) --norm_std (\S+)    # for pretrain.py, of 8 clips", said)
     assert float(found[1]) == pytest.approx(values.mean().item(), abs=1e-3)
     assert float(found[2]) == pytest.approx(values.std().item(), abs=1e-3)
 

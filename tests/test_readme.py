@@ -229,7 +229,8 @@ def test_snippets_run(tmp_path, script, monkeypatch):
     os.symlink(ROOT / "extras", tmp_path / "extras")
     (tmp_path / "worstchan").mkdir()
     for name, golden in (("pretrain", "pretrained"), ("finetune_AS2M", "finetuned")):
-        os.symlink(ROOT / "tests" / "golden" / f"hf_{golden}", tmp_path / "worstchan" / f"EAT-base_epoch30_{name}")
+        folder = tmp_path / "worstchan" / f"EAT-base_epoch30_{name}"
+        os.symlink(ROOT / "tests" / "golden" / f"hf_{golden}", folder)
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     for snippet in blocks("python"):
