@@ -362,6 +362,10 @@ def test_numbers_of_the_demo():
         others = shipped.get(row, []) if row.endswith(", pre-trained") else []
         assert cells_of(text, row) == [laptop.cell(scores), laptop.cell(others)]
 
+    longer = found["scratch4"][laptop.SCRATCH]
+    assert cells_of(text, f"{laptop.SCRATCH}, 4 times the updates") == [laptop.cell(longer), "-"]
+    assert statistics.mean(longer) <= statistics.mean(demo[laptop.SCRATCH])
+
     logs = {}
     for record in map(json.loads, lines_of(folder / "logs.jsonl")):
         logs.setdefault(record["run"], []).append(record)
@@ -375,7 +379,7 @@ def test_numbers_of_the_demo():
         else:
             assert words10 == sum((ends[f"words/{name}/seed{s}/pretrained"] for s in (1, 2, 3)), [])
         assert events == sum((ends[f"events/{name}/seed{s}/pretrained"] for s in (1, 2, 3)), [])
-    for name in ("demo", "shipped", "words35"):
+    for name in ("demo", "shipped", "words35", "scratch4"):
         for row, kind in ((laptop.TUNED, "pretrained"), (laptop.SCRATCH, "scratch")):
             if row in found[name]:
                 assert found[name][row] == sum((ends[f"{name}/seed{s}/{kind}"] for s in (1, 2, 3)), [])

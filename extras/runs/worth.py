@@ -53,7 +53,7 @@ def draw(tables: dict[str, dict[str, list[float]]]):
                 axis.plot([x] * len(scores), scores, "k.", ms=4)
         axis.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
         axis.set_title(title, fontsize=10)
-    panels[0].set(ylim=(0, 0.9), ylabel="accuracy, mean ± deviation of seeds")
+    panels[0].set(ylim=(0, 0.9), ylabel="accuracy: mean, deviation, seeds (dots)")
     return figure
 
 
