@@ -359,6 +359,7 @@ def run_onnx(folder: Path, waveforms: dict[str, torch.Tensor]) -> tuple[dict, di
 
 
 @NEEDS_ONNX
+@pytest.mark.long
 def test_a_classifier_as_one_file_gives_the_scores_of_evaluate(tmp_path, called):
     """Of clips from one frame to the clip's length, padded as in evaluate.py; longer ones at once, up to two
     minutes; others are refused. The file says what its classes are."""
