@@ -518,11 +518,11 @@ class WholeFile:
             end = part.time * rate // found.clock - first - skip
             begin = 0
             good = 0  # where its sound is that of the whole file
-            if at:
+            if part is not found.parts[0]:
                 begin = end - file.frames
                 good = begin
-            if at and skip:
-                good += round(MARGIN * rate)
+                if skip:
+                    good += round(MARGIN * rate)
             good = max(at, good)
             if good >= n_frames:
                 continue  # it is too short, or its times are wrong
