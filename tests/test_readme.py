@@ -446,7 +446,7 @@ def test_numbers_of_the_bench():
     for key, form in (
         ("update (s)", "{:.2f} s"), ("update (GFLOP/s)", "{:.0f} GFLOP/s"),
         ("update / matrix product", "{:.2f} "), ("peak memory (GiB)", "{:.2f} GiB"),
-        ("decoding flac alone, one process (clips/s)", "{:.0f} clips/s"),
+        ("decoding flac alone, one thread (clips/s)", "{:.0f} clips/s"),
         ("loader, flac files, 1 workers (clips/s)", "{:.0f} clips/s"),
         ("loader, packed, 1 workers (clips/s)", "{:.0f} clips/s"),
         ("2,000,000 lines: opening (s)", "{:.1f} s"),
