@@ -142,9 +142,9 @@ def hear(
 ) -> Iterator[Window]:  # fmt: skip
     """Apply `function`, (B, 1, F, M) -> (B, ...), to the windows of a file, one every `hop` seconds or, by
     default, side by side; `full` makes the last as long as the others. Only a batch is in memory. Silent
-    windows and those with a problem have no output.
-    What is wrong with the file as a whole comes last, as a window without length, which is the only one if
-    the file cannot be read. Raises InputError if outputs are not finite."""
+    windows and those with a problem have no output. What is wrong with the file as a whole comes last, as a
+    window without length, which is the only one if the file cannot be read. Raises InputError if outputs are
+    not finite."""
     batch_size = batch_size or max(1, BATCH_FRAMES // config.clip_frames)
     batch = []
     form = dict(unit="s", delay=2, leave=False, disable=None)

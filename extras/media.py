@@ -105,7 +105,7 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
             twice.append(path)
     if twice:
         first = min(twice).relative_to(folder)
-        print(f"{len(twice)} links to files that are listed as well, such as {first}", file=sys.stderr)
+        print(f"links to files that are listed as well: {len(twice)}, such as {first}", file=sys.stderr)
     if hidden:
         first = min(hidden).relative_to(folder)
         print(f"left out: {len(hidden)} files that are hidden or a tool's, such as {first}", file=sys.stderr)
@@ -392,7 +392,7 @@ def read_block(file: soundfile.SoundFile, n: int) -> np.ndarray:
 
 
 def drop(file: soundfile.SoundFile, n: int) -> None:
-    """Read the next n frames, or as many as there are, for nothing."""
+    """Read and discard the next n frames, or as many as there are."""
     while n > 0:
         block = read_block(file, min(BLOCK, n))
         if not len(block):
@@ -452,8 +452,10 @@ class WholeFile:
         """The whole file: (n,) mono float32, and whether it is sound or silence in place of damage."""
         if self.file.format == "AV":
             blocks = self.file.blocks()
+        elif is_ogg(self.file):
+            blocks = fill_gaps(self.decode_ogg())
         else:
-            blocks = fill_gaps(self.decode_ogg() if is_ogg(self.file) else self.decode())
+            blocks = fill_gaps(self.decode())
         for block, is_good in blocks:
             channels = block.shape[1]
             yield torch.from_numpy(block) @ torch.full((channels,), 1 / channels), is_good  # mean(1), quickly
@@ -515,21 +517,20 @@ class WholeFile:
                 file = NoSeek(PartFile(self.raw, found.head, part))
             except soundfile.LibsndfileError:
                 continue
-            end = part.time * rate // found.clock - first - skip
-            begin = 0
-            good = 0  # where its sound is that of the whole file
-            if part is not found.parts[0]:
-                begin = end - file.frames
-                good = begin
-                if skip:
-                    good += round(MARGIN * rate)
-            good = max(at, good)
-            if good >= n_frames:
-                continue  # it is too short, or its times are wrong
-            if good > at:
-                yield good - at
-                at = good
             with file:
+                begin = 0
+                good = 0  # where its sound is that of the whole file
+                if part is not found.parts[0]:
+                    begin = part.time * rate // found.clock - first - skip - file.frames
+                    good = begin
+                    if skip:
+                        good += round(MARGIN * rate)
+                good = max(at, good)
+                if good >= n_frames:
+                    continue  # it is too short, or its times are wrong
+                if good > at:
+                    yield good - at
+                    at = good
                 drop(file, at - begin)
                 block = read_block(file, BLOCK)
                 while len(block):

@@ -332,27 +332,17 @@ def pack(sources: list[str], output: str, classes: str = "", workers: int = 0, t
     digest = hashlib.sha256(os.fsencode(content)).hexdigest()
     pcm.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    with open(partial, "r+b") as listing:
+    pcm.touch()
+    temporary = TemporaryDirectory(ignore_cleanup_errors=True)  # after an error threads may still use it
+    with open(partial, "r+b") as listing, open(pcm, "r+b") as samples, temporary as folder:
         lock(listing, output)
         if partial.exists() and os.path.exists(output) and not os.path.getsize(partial):
-            partial.unlink()  # that of another process is gone, and this one is new
+            partial.unlink()  # another process has finished since, and this file is ours
         if not partial.exists():
             raise InputError(f"another process has just made {output}")
-        write_packed(listing, sources, known, digest, partial, pcm, workers, timeout)
-    return finish(partial, pcm, output)
-
-
-def write_packed(
-    listing: IO, sources: list[str], known: dict[str, str], digest: str, partial: Path, pcm: Path,
-    workers: int, timeout: float,
-) -> None:  # fmt: skip
-    """What `pack` does with its .partial file, `listing`, locked."""
-    done = read_partial(partial, digest)
-    pcm.touch()
-    if os.path.getsize(pcm) < done.n_bytes:
-        raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
-    temporary = TemporaryDirectory(ignore_cleanup_errors=True)  # after an error threads may still use it
-    with open(pcm, "r+b") as samples, temporary as folder:
+        done = read_partial(partial, digest)
+        if os.path.getsize(pcm) < done.n_bytes:
+            raise InputError(f"{partial} was begun with another .pcm: remove it and {pcm}")
         listing.truncate(done.n_listed)
         listing.seek(done.n_listed)
         samples.truncate(done.n_bytes)
@@ -367,6 +357,7 @@ def write_packed(
             listing.write(os.fsencode(lines))
             listing.flush()
         os.fsync(samples.fileno())
+    return finish(partial, pcm, output)
 
 
 def lock(file: IO, output: str) -> None:

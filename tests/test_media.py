@@ -109,7 +109,7 @@ def test_links_to_listed_files_are_told(tmp_path, capsys):
     (tmp_path / "c.wav").symlink_to("other/b.wav")
     (tmp_path / "d.wav").symlink_to("outside.txt")
     assert len(find_audio(tmp_path)) == 4
-    assert capsys.readouterr().err == "1 links to files that are listed as well, such as c.wav\n"
+    assert capsys.readouterr().err == "links to files that are listed as well: 1, such as c.wav\n"
 
 
 @pytest.mark.parametrize("content, said", [

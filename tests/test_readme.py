@@ -158,6 +158,7 @@ def test_promises_name_tests_that_exist():
 def test_commands_of_the_trainings_are_settings(program, config, presets, least):
     lines = commands(program)
     assert len(lines) >= least
+    assert all(name in README for name in presets)
     for words in lines:
         parse_config(config, presets, words)
 
@@ -202,6 +203,8 @@ def test_commands_of_prepare_run(tmp_path, script):
         os.symlink(ROOT / "extras" / "demo" / "words", tmp_path / "sorted" / part)
     lines = commands("extras/prepare.py")
     assert {words[0] for words in lines} == {"scan", "stats", "pack"}
+    sets = {"esc50", "speechcommands", "audioset", "released"}  # in --help
+    assert set(re.findall(r"prepare.py (\w+)", prepare.__doc__)) == {"scan", "stats", "pack"} | sets
     shard = tmp_path / "20k" / "train" / "0.tar"
     shard.parent.mkdir(parents=True)
     with tarfile.open(shard, "w") as tar:
@@ -398,6 +401,8 @@ def test_numbers_of_the_demo():
     pair = (mean["demo"][laptop.SCRATCH], mean["shipped"][laptop.TUNED])
     assert "from {:.2f} to {:.2f} on ten".format(*pair).replace("0.", ".") in readme
     worth = [100 * (mean[name][laptop.TUNED] - pair[0]) for name in ("demo", "shipped")]
+    deviation = statistics.stdev(shipped[laptop.TUNED])
+    assert f"on ten (± {deviation:.3f}). Four minutes add {worth[0]:.0f} points".replace("0.", ".") in readme
     text = " ".join(text.split())
     assert f"pre-training are worth {worth[0]:.0f} points" in text
     assert f"the longer run is worth {worth[1]:.0f}" in text
@@ -452,6 +457,17 @@ def test_numbers_of_the_bench():
         ("2,000,000 lines: opening (s)", "{:.1f} s"),
     ):  # fmt: skip
         assert f"| {form.format(found[key])}" in text, key
+    before = json.loads((RUNS / "speed" / "before.json").read_text())
+    said = "an update {:.2f} s, peak memory {:.2f} GiB, loader {:.0f} clips/s from flac files "
+    said += "and {:.0f} packed, with 2,000,000 lines {:.0f}, start to first update {:.0f} s"
+    keys = ["update (s)", "peak memory (GiB)", "loader, flac files, 1 workers (clips/s)"]
+    keys += ["loader, packed, 1 workers (clips/s)", "2,000,000 lines: loader (clips/s)"]
+    keys.append("2,000,000 lines: start of pretrain.py to its first update (s)")
+    assert said.format(*(before[key] for key in keys)) in " ".join(text.split())
+    said = "takes {:.0f} s and {:.1f} GiB on one AVX2 core, at {:.0f} % of the rate of a plain matrix product"
+    share = 100 * found["update / matrix product"]
+    said = said.format(found["update (s)"], found["peak memory (GiB)"], share)
+    assert said in " ".join(README.split())
     first = found["DDP: the first part starts after this share of the backward"]
     last = found["DDP: the last part starts after this share of the backward"]
     assert f"starts after {first:.0%}".replace("%", " %") in text
