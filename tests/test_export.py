@@ -106,7 +106,8 @@ SOME_HEADS = [("bands", None, 1)]
 
 
 @NEEDS_TRANSFORMERS
-@pytest.mark.parametrize("heads", [SOME_HEADS, pytest.param(HEADS, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("heads", [SOME_HEADS, HEADS])
 def test_transformers_computes_what_the_checkpoint_does(tmp_path, heads):
     """An encoder and classifiers of every pooling, norm and block, in a process that does not find this
     project: the same bits; saved anew by transformers, the same weights and settings once more."""

@@ -853,7 +853,8 @@ def peaks_of(script, folder: Path, *jobs: list) -> list[int]:
     return [int(line) for line in result.stderr.splitlines()]
 
 
-@pytest.mark.parametrize("hours, width", [(0.5, 256), pytest.param(24, 64, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("hours, width", [(0.5, 256), (24, 64)])
 def test_features_of_a_long_recording_do_not_fill_the_memory(tmp_path, script, hours, width):
     """Peak memory of the process; the features are larger than what it may grow."""
     write_recording(tmp_path / "short.wav", 1 / 60)

@@ -573,7 +573,7 @@ def check_places(path: Path, whole: torch.Tensor) -> float:
     return n_seconds
 
 
-@pytest.mark.parametrize("kind", ["a bit", "zeros", "bytes that are gone"])
+@pytest.mark.parametrize("kind", ["a bit", pytest.param("zeros", marks=LONG), "bytes that are gone"])
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_damage_in_ogg_costs_its_pages_and_what_follows_stays_in_its_place(tmp_path, subtype, kind):
     """libsndfile moves what follows in Vorbis, and makes up sound in Opus, without a word."""
@@ -603,7 +603,7 @@ def test_damage_at_the_beginning_of_an_ogg_file(tmp_path, subtype, rate):
         check_places(path, whole)
 
 
-@pytest.mark.parametrize("milliseconds", [20, 60, 200])
+@pytest.mark.parametrize("milliseconds", [20, pytest.param(60, marks=LONG), pytest.param(200, marks=LONG)])
 def test_damage_in_opus_of_short_pages(av, tmp_path, milliseconds):
     path = tmp_path / "x.opus"
     encode(path, noise(12, 48_000), 48_000, "libopus", form="ogg", page_duration=str(1000 * milliseconds))
