@@ -108,6 +108,7 @@ def test_the_baseline_is_the_sound_without_its_padding():
     assert log_mel_statistics(silent).isfinite().all()
 
 
+@pytest.mark.long
 def test_seeds_of_their_own_checkpoints_and_their_spread(pretrained, called, here):
     """Seed n starts from the checkpoint of seed n; the table has mean and sample deviation; from scratch and
     the random encoder are of the checkpoint's size."""

@@ -614,6 +614,7 @@ def test_checkpoints_come_by_updates_or_minutes(folder, train, flags, kept):
     assert [load_checkpoint(path)["step"] for path in paths if path.exists()] == kept
 
 
+@pytest.mark.long
 def test_every_variant_learns_and_no_two_are_the_same(folder, train):
     final = {}
     for name, flags in dict(
